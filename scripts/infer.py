@@ -1,0 +1,62 @@
+"""Ask a trained model: one prompt, a file of prompts, or a conversation.
+
+    python scripts/infer.py --prompt "books(title, author, price)\nHow many books are there?"
+    python scripts/infer.py --prompts data/text_to_sql/eval.jsonl --out answers.jsonl
+    python scripts/infer.py
+    python scripts/infer.py --model embedded/smollm2-135m-instruct --prompt "What is the capital of France?"
+
+Without --run or --model the latest run answers. Without a prompt a conversation starts: /reset forgets it, /exit ends it.
+In --prompt, \\n is a line break.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from config.recipe_io import load_recipe
+from utils import cli
+from utils.run_folder import find_run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Opens the model and answers; returns the exit code."""
+    parser = cli.make_parser(__doc__)
+    which = parser.add_mutually_exclusive_group()
+    cli.add_run_argument(which)
+    which.add_argument("--model", metavar="NAME", help="a plain model instead: folder, hub id or embedded/<name>")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", help="one prompt; the answer is streamed")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL (prompt or messages) or one prompt a line")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="with --prompts: write JSONL here instead of printing")
+    cli.add_override_argument(parser, "override a value of the run's recipe, such as generation.temperature=0.7")
+    options = parser.parse_args(arguments)
+    if options.out and not options.prompts:
+        parser.error("--out needs --prompts")
+    folder = None if options.model else find_run(options.run)
+    loaded = load_recipe(folder.recipe_file, options.overrides) if folder else None
+
+    from utils.session import open_model, open_run, read_prompts
+
+    conversations = read_prompts(options.prompts) if options.prompts else []
+    if folder and loaded:
+        session = open_run(folder, loaded)
+    else:
+        session = open_model(options.model, cli.read_generation(options.overrides))
+    if options.prompt is not None:
+        cli.print_stream(session.stream([{"role": "user", "content": options.prompt.replace("\\n", "\n")}]))
+    elif options.prompts:
+        rows = zip(conversations, session.answer(conversations), strict=True)
+        lines = [json.dumps({"messages": turns, "answer": answer}, ensure_ascii=False) for turns, answer in rows]
+        cli.write_lines(lines, options.out)
+    else:
+        cli.hold_conversation(session.stream)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

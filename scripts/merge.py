@@ -1,0 +1,53 @@
+"""Merge a run's adapter into its base model: a folder that every tool loads.
+
+    python scripts/merge.py
+    python scripts/merge.py --run outputs/smollm2_sql/2026-11-21_12-00-00 --out my_model
+
+The merged model is read back from disk and compared with base plus adapter; if it drifts, nothing is written.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from utils import cli
+from utils.exceptions import AdapterError, RunError
+from utils.run_folder import find_run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Merges and verifies; returns the exit code."""
+    parser = cli.make_parser(__doc__)
+    cli.add_run_argument(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to create (default: merged/ in the run folder)")
+    options = parser.parse_args(arguments)
+    folder = find_run(options.run)
+    loaded = folder.load_recipe()
+    folder.check_complete()
+    target = options.out or folder.path / "merged"
+    if folder.model.is_dir():
+        message = "this run trained all weights: there is no adapter to merge"
+        raise AdapterError(message, where=str(folder.path), fix=f"use {folder.model}", code="no-adapter")
+    if target.exists():
+        raise RunError("the folder exists already", where=str(target), fix="name another one with --out", code="exists")
+
+    from utils.backends import load_backend
+    from utils.merging import merge_run
+    from utils.model_source import find_model
+    from utils.preflight import open_tokenizer
+
+    source = find_model(loaded.recipe.model, loaded.find_origin("model.name"), with_weights=True)
+    tokenizer = open_tokenizer(loaded, source)
+    drift = merge_run(load_backend(loaded.recipe.backend), loaded, source, folder, tokenizer, target)
+    print(f"Merged and verified against the adapter: {drift}")
+    print(f"Model folder: {target}")
+    print(f"Next: python scripts/infer.py --model {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,51 @@
+"""Check a recipe completely, without loading weights.
+
+    python scripts/validate.py --recipe recipes/smollm2_sql.yaml
+    python scripts/validate.py --recipe recipes/smollm2_sql.yaml --json
+
+Reads the recipe, every row, the model's config and tokenizer, encodes all examples and derives the steps.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from config.recipe_io import format_resolved, load_recipe
+from utils import cli
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints what the run would be; returns the exit code."""
+    parser = cli.make_parser(__doc__)
+    cli.add_recipe_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result for programs")
+    parser.add_argument("--show-recipe", action="store_true", help="print every value with its origin")
+    options = parser.parse_args(arguments)
+    loaded = load_recipe(options.recipe, options.overrides)
+
+    from utils.preflight import check_recipe, summarise_preflight
+    from utils.preview import print_first_example, print_warnings
+
+    preflight = check_recipe(loaded)
+    facts = summarise_preflight(preflight)
+    if options.json:
+        problems = [problem.to_json() for problem in preflight.warnings]
+        print(json.dumps({"ok": True, "problems": problems, "facts": facts}, indent=2))
+        return 0
+    if options.show_recipe:
+        print(format_resolved(loaded))
+    print_warnings(preflight)
+    print_first_example(preflight)
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' ')}: {value}")
+    print(f"\nThe recipe is valid. Next: python scripts/train.py --recipe {options.recipe}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

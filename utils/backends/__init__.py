@@ -1,0 +1,144 @@
+"""The one door to the frameworks.
+
+A back end is a module with the functions of `Backend`; nothing outside this folder imports a framework, and nothing in it
+is imported before a recipe is known to be valid.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from config.structured_config import GenerationSection, Recipe
+from utils.batching import Batch
+from utils.model_source import ModelSource
+
+BackendName = Literal["torch"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step measured.
+
+    Attributes:
+        loss: mean negative log-likelihood of the step's supervised tokens, in nats.
+        gradient_norm: L2 norm over all trainable tensors, before clipping.
+        tokens: real tokens, padding not counted.
+        supervised_tokens: tokens that the loss is a mean over.
+    """
+
+    loss: float
+    gradient_norm: float
+    tokens: int
+    supervised_tokens: int
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """What a model runs on.
+
+    Attributes:
+        device: `cuda`, `mps` or `cpu`.
+        device_name: the hardware.
+        dtype: number format of the frozen weights.
+        token_budget: tokens that one forward pass should hold when micro_batch_size is auto.
+        reasons: what was chosen automatically, and why.
+    """
+
+    device: str
+    device_name: str
+    dtype: str
+    token_budget: int
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to answer.
+
+    Attributes:
+        generation: the recipe's section.
+        stop_ids: any of these ends an answer.
+        pad_id: fills rows that ended before the others of their batch.
+    """
+
+    generation: GenerationSection
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+
+def ignore(count: int) -> None:
+    """The progress callback of callers that show none."""
+
+
+class TrainStep(Protocol):
+    """One optimizer with its state."""
+
+    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        """Takes one optimizer step over all micro-batches; raises TrainingError before it if a number is not finite."""
+
+
+class Backend(Protocol):
+    """What a framework must offer; its model type stays opaque to everybody else."""
+
+    def load_model(self, source: ModelSource, recipe: Recipe) -> Any:
+        """Looks at the machine and loads the base model on it, ready to infer."""
+
+    def describe_machine(self, model: Any) -> MachineFacts:
+        """What the model runs on, with the reason for each automatic choice."""
+
+    def attach_lora(self, model: Any, recipe: Recipe) -> Any:
+        """Adds fresh adapters, or makes all weights trainable when the recipe has no lora section."""
+
+    def load_adapter(self, model: Any, folder: Path) -> Any:
+        """Adds saved adapters to a base model."""
+
+    def save_weights(self, model: Any, folder: Path) -> None:
+        """Writes what was trained: adapters in PEFT format, or the whole model when everything was."""
+
+    def merge_adapter(self, model: Any) -> Any:
+        """Folds the adapters into the weights and returns the plain model."""
+
+    def save_merged(self, model: Any, folder: Path, dtype_name: str) -> None:
+        """Writes a plain model as safetensors with its config and generation config."""
+
+    def count_parameters(self, model: Any) -> tuple[int, int]:
+        """Trainable and all parameters."""
+
+    def make_step(self, model: Any, recipe: Recipe) -> TrainStep:
+        """Builds the optimizer."""
+
+    def evaluate(
+        self, model: Any, batches: Sequence[Batch], on_batch: Callable[[int], None] = ignore
+    ) -> list[tuple[float, int]]:
+        """Sum of the negative log-likelihood in nats, and supervised tokens, of every row in order."""
+
+    def compute_logits(self, model: Any, batch: Batch) -> npt.NDArray[np.float32]:
+        """Logits at every real position, shape (tokens, vocabulary)."""
+
+    def generate(
+        self,
+        model: Any,
+        batches: Sequence[Batch],
+        settings: GenerationSettings,
+        on_batch: Callable[[int], None] = ignore,
+    ) -> list[list[int]]:
+        """New token ids of each row of left-padded batches, in order, up to and without the stop token."""
+
+    def stream(self, model: Any, batch: Batch, settings: GenerationSettings) -> Iterator[int]:
+        """New token ids of a single prompt, one by one as they are sampled."""
+
+    def measure_peak_memory(self, model: Any) -> int:
+        """Peak bytes so far."""
+
+
+def load_backend(name: Literal["auto", "torch"]) -> Backend:
+    """Imports a framework. On auto that is torch: CUDA, then MPS, then the CPU."""
+    chosen: BackendName = "torch" if name == "auto" else name
+    return cast(Backend, importlib.import_module(f"utils.backends.{chosen}_backend"))

@@ -1,0 +1,121 @@
+"""Examples → batches, in numpy: order, padding and packing are decided here once, for every back end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from utils.tokenizer_utils import EncodedExample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass sees.
+
+    Attributes:
+        input_ids: int64, shape (rows, length).
+        attention_mask: bool, shape (rows, length), True at real tokens; None where there is no padding.
+        loss_mask: bool, shape (rows, length), True at learned tokens; never True in column 0.
+        position_ids: int64, shape (rows, length), restarting at each example of a packed row; None without packing.
+        lengths: int64, shape (rows,), real tokens of each row.
+    """
+
+    input_ids: npt.NDArray[np.int64]
+    attention_mask: npt.NDArray[np.bool_] | None
+    loss_mask: npt.NDArray[np.bool_]
+    position_ids: npt.NDArray[np.int64] | None
+    lengths: npt.NDArray[np.int64]
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens; padding never counts."""
+        return int(self.lengths.sum())
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that the loss is summed over."""
+        return int(self.loss_mask.sum())
+
+
+def iterate_windows(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yields the example indices of each optimizer step of an epoch; the last window may be smaller, never dropped.
+
+    Args:
+        count: number of examples.
+        batch_size: examples per optimizer step.
+        seed: with the epoch, the only thing the order depends on.
+        epoch: from 0.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    for start in range(0, count, batch_size):
+        yield order[start : start + batch_size]
+
+
+def make_micro_batches(
+    examples: Sequence[EncodedExample], micro_batch_size: int, pad_token_id: int, *, pack_length: int | None = None
+) -> list[Batch]:
+    """Splits the examples of one optimizer step into forward passes.
+
+    Rows of like length share a micro-batch: the step's gradient is a sum over all its tokens, so the order inside a step
+    changes nothing but the padding.
+
+    Args:
+        pack_length: with packing, the longest packed row in tokens; None pads instead.
+    """
+    ordered = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)
+    if pack_length is not None:
+        return [pack_row(group) for group in group_first_fit(ordered, pack_length)]
+    starts = range(0, len(ordered), micro_batch_size)
+    return [pad_rows(ordered[start : start + micro_batch_size], pad_token_id) for start in starts]
+
+
+def pad_rows(examples: Sequence[EncodedExample], pad_token_id: int) -> Batch:
+    """Pads examples on the right to the longest of them."""
+    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
+    shape = (len(examples), int(lengths.max()))
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    loss_mask = np.zeros(shape, dtype=np.bool_)
+    for row, example in enumerate(examples):
+        input_ids[row, : lengths[row]] = example.input_ids
+        loss_mask[row, 1 : lengths[row]] = example.loss_mask[1:]
+    real = np.arange(shape[1]) < lengths[:, None]
+    return Batch(input_ids, None if real.all() else real, loss_mask, None, lengths)
+
+
+def pad_prompts_left(prompts: Sequence[npt.NDArray[np.int64]], pad_token_id: int) -> Batch:
+    """Pads prompts on the left, so that every row's next token is the same column."""
+    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    shape = (len(prompts), int(lengths.max()))
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, shape[1] - lengths[row] :] = prompt
+    real = np.arange(shape[1]) >= shape[1] - lengths[:, None]
+    return Batch(input_ids, None if real.all() else real, np.zeros(shape, dtype=np.bool_), None, lengths)
+
+
+def group_first_fit(ordered: Sequence[EncodedExample], pack_length: int) -> list[list[EncodedExample]]:
+    """First-fit decreasing: each example goes into the first row that has room (Johnson 1973)."""
+    groups: list[list[EncodedExample]] = []
+    room: list[int] = []
+    for example in ordered:
+        length = len(example.input_ids)
+        fitting = next((index for index, left in enumerate(room) if left >= length), None)
+        if fitting is None:
+            groups.append([example])
+            room.append(pack_length - length)
+        else:
+            groups[fitting].append(example)
+            room[fitting] -= length
+    return groups
+
+
+def pack_row(examples: Sequence[EncodedExample]) -> Batch:
+    """Puts examples behind each other into one row; positions restart, and no first token is learned."""
+    input_ids = np.concatenate([example.input_ids for example in examples])
+    loss_mask = np.concatenate([np.append(False, example.loss_mask[1:]) for example in examples]).astype(np.bool_)
+    positions = np.concatenate([np.arange(len(example.input_ids)) for example in examples])
+    lengths = np.array([len(input_ids)], dtype=np.int64)
+    return Batch(input_ids[None], None, loss_mask[None], positions[None], lengths)

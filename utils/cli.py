@@ -1,0 +1,143 @@
+"""What every script shares: arguments, exit codes, and errors that are one clear line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from config.structured_config import GenerationSection
+from utils.exceptions import RecipeError, RunError, TunebookError
+from utils.logging import hide_secrets, set_up_logging
+
+STARTED = time.time()  # seconds since the epoch; scripts import this module first, so it is the run's beginning
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help shows the module's docstring as written, commands included."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--recipe` and `--set`, the same in every script that reads a recipe."""
+    parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="the YAML recipe, see recipes/")
+    add_override_argument(parser, "override one value, such as training.epochs=1; may be repeated")
+
+
+def add_override_argument(parser: argparse.ArgumentParser, text: str) -> None:
+    """Adds `--set`."""
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=text)
+
+
+def add_run_argument(parser: argparse._ActionsContainer) -> None:
+    """Adds `--run`, the run folder to read."""
+    parser.add_argument("--run", type=Path, metavar="DIR", help="run folder under outputs/ (default: the latest run)")
+
+
+def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
+    """Runs a script: loads `.env`, prints errors as lines with a fix, and exits with the documented code."""
+    load_environment()
+    set_up_logging()
+    try:
+        code = main(None) or 0
+    except TunebookError as error:
+        report_error(error, as_json="--json" in sys.argv)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has gone: nothing more to say, and Python must not try again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def load_environment() -> None:
+    """Reads `.env` of the working directory; what the environment already sets wins."""
+    if Path(".env").is_file():
+        from dotenv import load_dotenv
+
+        load_dotenv(".env")
+
+
+def report_error(error: TunebookError, *, as_json: bool) -> None:
+    """Prints the problems: JSON for programs on stdout, lines for people on stderr."""
+    if as_json:
+        print(json.dumps({"ok": False, "problems": [problem.to_json() for problem in error.problems]}, indent=2))
+        return
+    for problem in error.problems:
+        print(hide_secrets(f"error: {problem}"), file=sys.stderr)
+
+
+def read_generation(overrides: Sequence[str]) -> GenerationSection:
+    """Generation settings from `--set generation.…` alone, for models without a recipe."""
+    from config.recipe_io import apply_override, load_values
+    from config.yaml_reader import YamlDocument
+
+    document = YamlDocument({}, {(): 1})
+    for override in overrides:
+        if not override.startswith("generation."):
+            raise RecipeError(f"--set {override}: a plain model has generation settings only", fix="--set generation.…")
+        apply_override(document, override)
+    return load_values(GenerationSection, document, "generation")
+
+
+def print_stream(pieces: Iterable[str]) -> None:
+    """Prints text as it arrives."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def write_lines(lines: Sequence[str], target: Path | None) -> None:
+    """Prints lines, or writes them to a file in one step."""
+    if target is None:
+        print("\n".join(lines))
+        return
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        raise RunError(f"cannot be written: {error.strerror}", where=str(target), fix="name another file") from error
+    print(f"{len(lines)} answers in {target}")
+
+
+def hold_conversation(stream: Callable[[list[dict[str, str]]], Iterable[str]]) -> None:
+    """Reads prompts from the terminal until /exit or the end of input; Ctrl-C stops only the answer."""
+    messages: list[dict[str, str]] = []
+    print("Type a message; /reset forgets the conversation, /exit ends it.")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            messages = []
+            continue
+        if not text:
+            continue
+        messages.append({"role": "user", "content": text.replace("\\n", "\n")})
+        pieces: list[str] = []
+        try:
+            for piece in stream(messages):
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        except TunebookError as error:
+            report_error(error, as_json=False)
+            messages.pop()
+            continue
+        print()
+        messages.append({"role": "assistant", "content": "".join(pieces).strip() or "(nothing)"})

@@ -1,0 +1,154 @@
+"""Chooses the device, the number format and the threads of a torch run, by looking at this machine."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+from utils.exceptions import MachineError
+
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class MachinePlan:
+    """What a run uses of this machine, with the reason for each automatic choice.
+
+    Attributes:
+        device: `cuda`, `mps` or `cpu`.
+        device_name: the hardware, as a person calls it.
+        dtype: number format of the frozen weights.
+        workers: micro-batches that run side by side, one thread each; 1 on accelerators.
+        reasons: what was chosen automatically, and why.
+    """
+
+    device: str
+    device_name: str
+    dtype: torch.dtype
+    workers: int
+    reasons: tuple[str, ...]
+
+    @property
+    def dtype_name(self) -> str:
+        """`bfloat16` rather than `torch.bfloat16`."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+class DeviceManager:
+    """Looks at the machine once; every answer is measured or asked for, none is assumed."""
+
+    def plan(self, dtype: DtypeName = "auto") -> MachinePlan:
+        """Picks CUDA, then MPS, then the CPU, and a dtype that the device computes quickly.
+
+        Raises:
+            MachineError: the recipe insists on a dtype that this device cannot train in.
+        """
+        device = self.find_device()
+        if dtype == "float16" and device == "cpu":
+            fix = "set model.dtype to auto, bfloat16 or float32"
+            raise MachineError("float16 is not usable on a CPU", where="model.dtype", fix=fix, code="dtype")
+        reasons: list[str] = []
+        if dtype == "auto":
+            quick = self.computes_bfloat16_quickly(device)
+            dtype = "bfloat16" if quick else "float32"
+            reasons.append(
+                f"dtype {dtype}: {'bfloat16 is native here' if quick else 'bfloat16 is slower than float32 here'}"
+            )
+        workers = 1
+        if device == "cpu":
+            workers = self.count_workers()
+            reasons.append(f"{workers} worker(s): one single-threaded micro-batch for each CPU core")
+            if not self.gains_from_threads(workers):
+                # Hyper-threads that share a core, or a busy neighbour: threads then only wait for each other.
+                torch.set_num_threads(1)
+                reasons.append("1 thread for each operation: more are not quicker here")
+            self.keep_freed_pages()
+        return MachinePlan(device, self.name_device(device), getattr(torch, dtype), workers, tuple(reasons))
+
+    @staticmethod
+    def find_device() -> str:
+        """The best device that torch can use here; TUNEBOOK_DEVICE overrides it."""
+        if asked := os.environ.get("TUNEBOOK_DEVICE"):
+            return asked
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+
+    @staticmethod
+    def name_device(device: str) -> str:
+        """The hardware's name."""
+        if device == "cuda":
+            return str(torch.cuda.get_device_name())
+        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+    @staticmethod
+    def count_workers() -> int:
+        """Cores that this process may run on, but no more than micro-batches usually are."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(cores, 8))
+
+    @staticmethod
+    @lru_cache(maxsize=1)
+    def computes_bfloat16_quickly(device: str) -> bool:
+        """Times a small matrix product: without native support, torch falls back to a loop up to 100 times slower."""
+        if device == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        if device == "mps":
+            return False  # works on recent systems, but losses drift; float32 is the safe choice until measured
+
+        def measure(dtype: torch.dtype) -> float:
+            x, weight = torch.ones(128, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+            return measure_seconds(lambda: functional.linear(x, weight))
+
+        return measure(torch.bfloat16) < measure(torch.float32)
+
+    @staticmethod
+    def gains_from_threads(threads: int) -> bool:
+        """Times a matrix product with an activation behind it, on one thread and on all."""
+        x, weight = torch.ones(128, 512), torch.ones(512, 512)
+
+        def measure(count: int) -> float:
+            torch.set_num_threads(count)
+            return measure_seconds(lambda: functional.silu(functional.linear(x, weight)))
+
+        single = measure(1)
+        return threads > 1 and measure(threads) < single * 0.8
+
+    @staticmethod
+    def keep_freed_pages() -> None:
+        """Tells glibc to keep big buffers instead of returning them: page faults were a quarter of the training time."""
+        if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+            return
+        m_trim_threshold, m_mmap_threshold, never = -1, -3, 2**30
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, never)
+        libc.mallopt(m_trim_threshold, never)
+
+
+def measure_seconds(work: Callable[[], object]) -> float:
+    """Shortest of several runs: other processes can only make a run longer."""
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def measure_peak_memory(device: str) -> int:
+    """Peak bytes of this process: device memory on CUDA, resident memory elsewhere."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS

@@ -1,0 +1,118 @@
+"""Measures the untouched and the trained model on the same held-out rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from config.recipe_io import LoadedRecipe
+from config.structured_config import MetricName, Recipe
+from utils.backends import Backend
+from utils.exceptions import DataError
+from utils.inference import answer_prompts, answer_with_base, encode_prompts, make_settings
+from utils.methods.sft import make_evaluation_batches
+from utils.metrics import BINARY, LOWER_IS_BETTER, Comparison, compare_losses, compare_scores, score_answers
+from utils.model_source import ModelSource
+from utils.preflight import Preflight
+from utils.progress import Progress
+from utils.run_folder import RunFolder
+
+RowLosses = list[tuple[float, int]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What both models did.
+
+    Attributes:
+        comparisons: each metric before and after.
+        base_answers, tuned_answers: generated answers, row by row; empty where no metric needs them.
+        base_scores, tuned_scores: 0/1 of the first metric on answers, row by row.
+    """
+
+    comparisons: dict[MetricName, Comparison]
+    base_answers: list[str]
+    tuned_answers: list[str]
+    base_scores: list[float]
+    tuned_scores: list[float]
+
+
+def evaluate_run(
+    backend: Backend, loaded: LoadedRecipe, preflight: Preflight, source: ModelSource, folder: RunFolder
+) -> Evaluation:
+    """Scores base and trained model on the recipe's held-out rows.
+
+    Raises:
+        DataError: there are no held-out rows.
+    """
+    recipe = loaded.recipe
+    if not preflight.data.evaluation:
+        where = loaded.find_origin("data.eval_fraction")
+        raise DataError("there are no held-out rows to evaluate on", where=where, fix="set data.eval", code="no-eval")
+    metrics = recipe.evaluation.metrics
+    base = backend.load_model(source, recipe)
+    base_losses, base_answers = measure(backend, base, preflight, recipe, source)
+    tuned = load_trained_model(backend, base, recipe, folder)
+    tuned_losses, tuned_answers = measure(backend, tuned, preflight, recipe, None)
+    comparisons: dict[MetricName, Comparison] = {}
+    base_scores: list[float] = []
+    tuned_scores: list[float] = []
+    for name in metrics:
+        if name in LOWER_IS_BETTER:
+            comparisons[name] = compare_losses(base_losses, tuned_losses, perplexity=name == "perplexity")
+            continue
+        examples = preflight.data.evaluation_examples
+        scores = [score_answers(name, examples, answers) for answers in (base_answers, tuned_answers)]
+        comparisons[name] = compare_scores(*scores)
+        if not base_scores:
+            base_scores, tuned_scores = scores
+    return Evaluation(comparisons, base_answers, tuned_answers, base_scores, tuned_scores)
+
+
+def load_trained_model(backend: Backend, base: Any, recipe: Recipe, folder: RunFolder) -> Any:
+    """The run's model with its adapters folded in; after full fine-tuning, the run's own model."""
+    if folder.adapter.is_dir():
+        return backend.merge_adapter(backend.load_adapter(base, folder.adapter))
+    return backend.load_model(ModelSource(str(folder.model), folder.model, {}), recipe)
+
+
+def measure(
+    backend: Backend, model: Any, preflight: Preflight, recipe: Recipe, base_source: ModelSource | None
+) -> tuple[RowLosses, list[str]]:
+    """Losses and answers of one model, each only if a metric needs it.
+
+    Args:
+        base_source: set for the untouched model, whose greedy answers are cached.
+    """
+    metrics, size = recipe.evaluation.metrics, recipe.evaluation.batch_size
+    who = "untouched" if base_source else "trained"
+    losses: RowLosses = []
+    if any(name in LOWER_IS_BETTER for name in metrics):
+        losses = measure_losses(backend, model, preflight, size, f"Held-out loss of the {who} model")
+    answers: list[str] = []
+    if any(name in BINARY for name in metrics):
+        prompts = encode_prompts(preflight.tokenizer, preflight.data.evaluation_examples)
+        settings = make_settings(preflight.tokenizer, recipe.generation)
+        if base_source:
+            answers = answer_with_base(
+                backend, model, base_source, preflight.tokenizer, prompts, settings, batch_size=size
+            )
+        else:
+            title = "Answers of the trained model"
+            answers = answer_prompts(
+                backend, model, preflight.tokenizer, prompts, settings, batch_size=size, title=title
+            )
+    return losses, answers
+
+
+def measure_losses(backend: Backend, model: Any, preflight: Preflight, batch_size: int, title: str) -> RowLosses:
+    """Sum of nats and supervised tokens of each held-out row, in an order that depends on the rows alone."""
+    pad = preflight.tokenizer.tokenizer.pad_token_id
+    batches = make_evaluation_batches(preflight.data.evaluation, batch_size, pad)
+    with Progress(title, len(preflight.data.evaluation), "rows") as progress:
+        return backend.evaluate(model, batches, progress.advance)
+
+
+def compute_mean_loss(losses: RowLosses) -> float:
+    """Nats per supervised token."""
+    return sum(nats for nats, _ in losses) / sum(tokens for _, tokens in losses)

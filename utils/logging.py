@@ -1,0 +1,97 @@
+"""One place that decides what is printed: rich lines on a terminal, plain lines in a file, third parties kept quiet."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+NAME = "tunebook"
+QUIET = (
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "urllib3",
+    "matplotlib",
+    "wandb",
+    "filelock",
+)
+SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.IGNORECASE)
+SECRET_SHAPE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|[0-9a-f]{40})\b")
+HIDDEN = "[hidden]"
+
+
+class SecretFilter(logging.Filter):
+    """Replaces the values of secret environment variables, and what looks like a token, in every line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = hide_secrets(record.getMessage()), ()
+        return True
+
+
+def hide_secrets(text: str) -> str:
+    """Text without the values of environment variables named like secrets, and without token-shaped words."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and SECRET_NAME.search(name) and value in text:
+            text = text.replace(value, HIDDEN)
+    return SECRET_SHAPE.sub(HIDDEN, text)
+
+
+def get_logger() -> logging.Logger:
+    """The project's logger."""
+    return logging.getLogger(NAME)
+
+
+def set_up_logging(level: str = "INFO") -> None:
+    """Prepares terminal output and silences libraries; safe to call twice.
+
+    Args:
+        level: DEBUG, INFO, WARNING or ERROR; also read from TUNEBOOK_LOG_LEVEL.
+    """
+    # Progress bars and advice of libraries would interleave with ours; their warnings still reach the log file.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logger = get_logger()
+    logger.setLevel(os.environ.get("TUNEBOOK_LOG_LEVEL", level).upper())
+    logger.propagate = False
+    if not logger.handlers:
+        logger.addHandler(make_terminal_handler())
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def make_terminal_handler() -> logging.Handler:
+    """Rich on a terminal, plain `time level message` lines everywhere else."""
+    handler: logging.Handler
+    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=Console(stderr=True), show_path=False, rich_tracebacks=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(SecretFilter())
+    return handler
+
+
+def add_log_file(path: Path) -> logging.Handler:
+    """Copies every line, with date and level, into a plain file; warnings of libraries go there too."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(SecretFilter())
+    get_logger().addHandler(handler)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addHandler(handler)
+    logging.getLogger("py.warnings").propagate = False
+    return handler

@@ -1,0 +1,170 @@
+"""The run folder: everything that a run leaves behind, complete enough to repeat it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from config.recipe_io import LoadedRecipe, format_resolved, load_recipe
+from utils.exceptions import RunError
+from utils.logging import hide_secrets
+
+OUTPUTS = Path("outputs")
+LATEST = "latest"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "tokenizers", "safetensors", "pydantic")
+
+
+class RunFolder:
+    """Paths and small writers of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.run_file = path / "run.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.log_file = path / "log.txt"
+        self.adapter = path / "adapter"
+        self.model = path / "model"
+        self.report_file = path / "report.md"
+        self.report_json = path / "report.json"
+
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        """Writes run.json in one piece."""
+        write_text_atomically(self.run_file, json.dumps(facts, indent=2, allow_nan=False) + "\n")
+
+    def read_facts(self) -> dict[str, Any]:
+        """Reads run.json."""
+        try:
+            facts = json.loads(self.run_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"run.json cannot be read: {error}", where=str(self.path), code="no-run") from error
+        if not isinstance(facts, dict):
+            raise RunError("run.json is not a JSON object", where=str(self.path), code="no-run")
+        return facts
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Adds one line to metrics.jsonl; closing the file hands it to the system at once."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl."""
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def load_recipe(self) -> LoadedRecipe:
+        """The resolved recipe of this run."""
+        return load_recipe(self.recipe_file)
+
+    def check_complete(self) -> None:
+        """Refuses a run that left no weights behind.
+
+        Raises:
+            RunError: it failed or is still running.
+        """
+        if not self.adapter.is_dir() and not self.model.is_dir():
+            status = self.read_facts().get("status", "unknown")
+            fix = "choose another run with --run, or train again"
+            raise RunError(
+                f"this run has no trained weights (status: {status})", where=str(self.path), fix=fix, code="no-run"
+            )
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replaces a file in one step, so that a reader or a kill never sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def create_run_folder(loaded: LoadedRecipe, asked: Path | None) -> RunFolder:
+    """Creates the folder of a new run and writes the resolved recipe into it.
+
+    Args:
+        asked: the folder named with --run, which must not exist; None makes outputs/<recipe>/<time>.
+
+    Raises:
+        RunError: the folder exists already or cannot be created.
+    """
+    path = asked or OUTPUTS / loaded.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        path.mkdir(parents=True, exist_ok=False)
+    except FileExistsError as error:
+        fix = "name a folder that does not exist yet; a run never overwrites another"
+        raise RunError("the run folder exists already", where=str(path), fix=fix, code="run-exists") from error
+    except OSError as error:
+        message = f"the run folder cannot be created: {error.strerror}"
+        raise RunError(message, where=str(path), fix="name another folder with --run", code="disk") from error
+    folder = RunFolder(path)
+    folder.recipe_file.write_text(hide_secrets(format_resolved(loaded)), encoding="utf-8")
+    return folder
+
+
+def check_run_target(asked: Path | None) -> None:
+    """Refuses an existing --run folder before any work is done."""
+    if asked is not None and asked.exists():
+        fix = "name a folder that does not exist yet; a run never overwrites another"
+        raise RunError("the run folder exists already", where=str(asked), fix=fix, code="run-exists")
+
+
+def mark_latest(folder: RunFolder) -> None:
+    """Makes this run the one that scripts take when none is named."""
+    OUTPUTS.mkdir(exist_ok=True)
+    write_text_atomically(OUTPUTS / LATEST, f"{folder.path.resolve()}\n")
+
+
+def find_run(asked: Path | None) -> RunFolder:
+    """The named run, or the latest one that trained something.
+
+    Raises:
+        RunError: there is none, or the folder holds no run.
+    """
+    pointer = OUTPUTS / LATEST
+    if asked is None and not pointer.is_file():
+        fix = "train first: python scripts/train.py --recipe recipes/smollm2_sql.yaml"
+        raise RunError("there is no run yet", where=str(OUTPUTS), fix=fix, code="no-run")
+    path = asked or Path(pointer.read_text(encoding="utf-8").strip())
+    folder = RunFolder(path)
+    if not folder.recipe_file.is_file() or not folder.run_file.is_file():
+        fix = "name a folder that train.py made, or leave --run out for the latest one"
+        raise RunError("this is not a run folder", where=str(path), fix=fix, code="no-run")
+    return folder
+
+
+def hash_files(paths: list[str]) -> str:
+    """SHA-256 over the bytes of data files, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+def collect_versions() -> dict[str, str]:
+    """Python, platform and the packages that can change a result."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def find_git_state() -> dict[str, Any] | None:
+    """Commit and whether files were changed since, or None outside a checkout."""
+    try:
+        commit = run_git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(run_git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def run_git(*arguments: str) -> str:
+    """Output of a git command in the project's folder."""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)  # noqa: S607
+    return done.stdout.strip()

@@ -1,0 +1,132 @@
+"""A model ready to answer: from a run folder or from a model folder, with the template that it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config.recipe_io import LoadedRecipe
+from config.structured_config import DataSection, GenerationSection, ModelSection, Recipe, TrainingSection
+from utils.backends import Backend, GenerationSettings, load_backend
+from utils.batching import pad_prompts_left
+from utils.data_formats import Message
+from utils.evaluation import load_trained_model
+from utils.inference import Ids, answer_prompts, make_settings
+from utils.model_source import find_model
+from utils.preflight import open_tokenizer
+from utils.run_folder import RunFolder
+from utils.seed_manager import SeedManager
+from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model with its tokenizer and settings.
+
+    Attributes:
+        row_format: prompts are rendered like training rows of this format.
+    """
+
+    backend: Backend
+    model: Any
+    tokenizer: TokenizerUtils
+    settings: GenerationSettings
+    row_format: str
+    batch_size: int
+
+    def encode(self, messages: Sequence[Message]) -> Ids:
+        """Token ids of a conversation that ends with the user."""
+        return self.tokenizer.encode_prompt(messages, self.row_format)
+
+    def answer(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        """Answers many conversations in batches."""
+        prompts = [self.encode(messages) for messages in conversations]
+        return answer_prompts(
+            self.backend,
+            self.model,
+            self.tokenizer,
+            prompts,
+            self.settings,
+            batch_size=self.batch_size,
+            title="Answers",
+        )
+
+    def stream(self, messages: Sequence[Message]) -> Iterator[str]:
+        """Yields an answer piece by piece; a piece ends only where its characters are complete."""
+        batch = pad_prompts_left([self.encode(messages)], self.settings.pad_id)
+        ids: list[int] = []
+        shown = ""
+        for token in self.backend.stream(self.model, batch, self.settings):
+            ids.append(token)
+            text = self.tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):  # half of a multi-byte character: wait for the rest
+                yield text[len(shown) :]
+                shown = text
+
+
+def open_run(folder: RunFolder, loaded: LoadedRecipe) -> Session:
+    """Opens the trained model of a run.
+
+    Args:
+        loaded: the run's recipe, possibly with generation settings overridden.
+    """
+    recipe = loaded.recipe
+    folder.check_complete()
+    source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
+    tokenizer = open_tokenizer(loaded, source)
+    backend = load_backend(recipe.backend)
+    SeedManager(recipe.seed).seed_everything()
+    base = backend.load_model(source, recipe)
+    model = load_trained_model(backend, base, recipe, folder)
+    settings = make_settings(tokenizer, recipe.generation)
+    row_format = str(folder.read_facts()["row_format"])
+    return Session(backend, model, tokenizer, settings, row_format, recipe.evaluation.batch_size)
+
+
+def open_model(name: str, generation: GenerationSection) -> Session:
+    """Opens a plain model: a merged folder, a local model, a hub id or an embedded one."""
+    recipe = Recipe(
+        model=ModelSection(name=name),
+        data=DataSection(train="unused"),
+        training=TrainingSection(method="sft"),
+        generation=generation,
+    )
+    source = find_model(recipe.model, "--model", with_weights=True)
+    tokenizer = TokenizerUtils(load_tokenizer(source.folder))
+    backend = load_backend(recipe.backend)
+    SeedManager(recipe.seed).seed_everything()
+    model = backend.load_model(source, recipe)
+    row_format = "messages" if tokenizer.strategy == "chat" else "prompt_completion"
+    settings = make_settings(tokenizer, generation)
+    return Session(backend, model, tokenizer, settings, row_format, recipe.evaluation.batch_size)
+
+
+def read_prompts(path: Path) -> list[list[Message]]:
+    """Reads prompts: JSONL rows with `prompt` or `messages`, or a text file with one prompt a line.
+
+    Raises:
+        DataError: no such file, no prompt in a row.
+    """
+    from utils.data_formats import check_text
+    from utils.data_loading import load_rows, read_text_lines
+
+    if path.suffix not in (".json", ".jsonl"):
+        return [[{"role": "user", "content": line}] for line in read_text_lines(path)]
+    conversations = []
+    for row in load_rows(str(path)):
+        if isinstance(messages := row.fields.get("messages"), list):
+            conversations.append(check_prompt_messages(messages, row.where))
+        else:
+            content = check_text(row.fields.get("prompt"), "prompt", row.where)
+            conversations.append([{"role": "user", "content": content}])
+    return conversations
+
+
+def check_prompt_messages(messages: list[Any], where: str) -> list[Message]:
+    """A conversation to answer: a last assistant turn, as in training rows, is taken off."""
+    from utils.data_formats import check_message
+
+    checked = [check_message(message, index, where) for index, message in enumerate(messages)]
+    return checked[:-1] if checked and checked[-1]["role"] == "assistant" else checked

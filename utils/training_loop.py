@@ -1,0 +1,205 @@
+"""The one training loop, for every back end and method: schedule, step, log, evaluate, keep the best, stop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from config.structured_config import TrainingSection
+from utils.backends import StepResult, TrainStep
+from utils.batching import Batch
+from utils.checkpoint import rotate_checkpoints, save_checkpoint
+from utils.cli import STARTED
+from utils.exceptions import TrainingError
+from utils.logging import get_logger
+from utils.methods.sft import SftBatches
+from utils.preflight import RunPlan
+from utils.progress import Progress
+from utils.run_folder import RunFolder
+from utils.schedules import compute_learning_rate
+from utils.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class LoopParts:
+    """What the loop works with; every part can be replaced by another with the same shape.
+
+    Attributes:
+        step: takes one optimizer step.
+        evaluate: mean held-out loss in nats per token, or None where no rows are held out.
+        save_weights: writes the trained weights into a folder.
+    """
+
+    step: TrainStep
+    batches: SftBatches
+    plan: RunPlan
+    training: TrainingSection
+    evaluate: Callable[[], float] | None
+    save_weights: Callable[[Path], None]
+    folder: RunFolder
+    tracker: Tracker
+
+
+@dataclass
+class TrainingState:
+    """How far the run is; the numbers end in run.json."""
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    loss_sum: float = 0.0
+    last_loss: float = math.nan
+    seconds: float = 0.0
+    time_to_first_step_s: float = math.nan
+    eval_loss: float | None = None
+    best_loss: float = math.inf
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    evaluated_at: int = 0
+    saved_at: int = 0
+    stop_reason: str | None = None
+    signal_number: int | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens over the time spent in steps alone."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def train(parts: LoopParts) -> TrainingState:
+    """Runs all steps, or until early stopping or a signal; whatever was trained until then is saved.
+
+    Raises:
+        TrainingError: a loss or gradient that is not finite; the last good weights are on disk.
+    """
+    state = TrainingState()
+    with listen_for_signals(state), Progress("Training", parts.plan.total_steps, "steps") as progress:
+        for epoch, micro_batches in iterate_steps(parts.batches, parts.plan.total_steps):
+            take_step(parts, state, micro_batches, epoch)
+            progress.advance(1, f"loss {state.last_loss:.3f}, {state.tokens_per_second:.0f} tokens/s")
+            if is_due(state.step, parts.plan.eval_every):
+                run_evaluation(parts, state)
+            if is_due(state.step, parts.plan.save_every) or state.best_step == state.step:
+                save(parts, state)
+            if state.stop_reason:
+                break
+    if state.evaluated_at != state.step and state.signal_number is None:
+        run_evaluation(parts, state)
+    if state.saved_at != state.step:
+        save(parts, state)
+    return state
+
+
+def iterate_steps(batches: SftBatches, total_steps: int) -> Iterator[tuple[float, list[Batch]]]:
+    """Yields progress in epochs after the step, and the step's micro-batches, across epochs."""
+    done, epoch = 0, 0
+    while done < total_steps:
+        for micro_batches in batches.iterate_epoch(epoch):
+            if done == total_steps:
+                return
+            done += 1
+            yield done / batches.steps_per_epoch, micro_batches
+        epoch += 1
+
+
+def is_due(step: int, every: int) -> bool:
+    """True at every multiple."""
+    return step % every == 0
+
+
+def take_step(parts: LoopParts, state: TrainingState, micro_batches: Sequence[Batch], epoch: float) -> None:
+    """One optimizer step, written down as one row of metrics.jsonl."""
+    learning_rate = compute_learning_rate(
+        state.step + 1,
+        parts.plan.total_steps,
+        peak=parts.training.learning_rate,
+        scheduler=parts.training.lr_scheduler,
+        warmup_steps=parts.plan.warmup_steps,
+    )
+    started = time.perf_counter()
+    try:
+        result = parts.step.step(micro_batches, learning_rate)
+    except TrainingError as error:
+        where = f"step {state.step + 1}"
+        raise TrainingError(
+            error.problems[0].message, where=where, fix=error.problems[0].fix, code="not-finite"
+        ) from error
+    seconds = time.perf_counter() - started
+    if state.step == 0:
+        state.time_to_first_step_s = time.time() - STARTED
+    update_state(state, result, seconds)
+    row = {
+        "step": state.step,
+        "epoch": round(epoch, 4),
+        "loss": result.loss,
+        "learning_rate": learning_rate,
+        "grad_norm": result.gradient_norm,
+        "tokens": result.tokens,
+        "supervised_tokens": result.supervised_tokens,
+        "tokens_per_second": result.tokens / seconds,
+    }
+    parts.folder.append_metrics(row)
+    parts.tracker.log(state.step, {f"train/{name}": value for name, value in row.items() if name != "step"})
+
+
+def update_state(state: TrainingState, result: StepResult, seconds: float) -> None:
+    """Adds a step's numbers to the totals."""
+    state.step += 1
+    state.tokens += result.tokens
+    state.supervised_tokens += result.supervised_tokens
+    state.loss_sum += result.loss * result.supervised_tokens
+    state.last_loss = result.loss
+    state.seconds += seconds
+
+
+def run_evaluation(parts: LoopParts, state: TrainingState) -> None:
+    """Measures the held-out loss, remembers the best, and decides on early stopping."""
+    if parts.evaluate is None:
+        return
+    loss = parts.evaluate()
+    state.eval_loss, state.evaluated_at = loss, state.step
+    parts.folder.append_metrics({"step": state.step, "eval_loss": loss})
+    parts.tracker.log(state.step, {"eval/loss": loss})
+    if loss < state.best_loss - parts.training.early_stopping_threshold:
+        state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
+    else:
+        state.evaluations_without_gain += 1
+    get_logger().info("Step %d: held-out loss %.4f, best %.4f", state.step, loss, state.best_loss)
+    patience = parts.training.early_stopping_patience
+    if patience is not None and state.evaluations_without_gain >= patience:
+        state.stop_reason = f"no better held-out loss in {patience} evaluations"
+        get_logger().info("Stopping early: %s", state.stop_reason)
+
+
+def save(parts: LoopParts, state: TrainingState) -> None:
+    """Writes a checkpoint and removes the ones that are neither among the newest nor the best."""
+    facts: dict[str, Any] = {"step": state.step, "eval_loss": state.eval_loss, "best_step": state.best_step}
+    save_checkpoint(parts.folder.path, state.step, parts.save_weights, facts)
+    rotate_checkpoints(parts.folder.path, parts.training.keep_checkpoints, state.best_step)
+    state.saved_at = state.step
+
+
+@contextmanager
+def listen_for_signals(state: TrainingState) -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM finish the step and save; a second one stops at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if state.signal_number is not None:
+            raise KeyboardInterrupt
+        state.signal_number = number
+        state.stop_reason = f"stopped by {signal.Signals(number).name}"
+        get_logger().warning("%s: finishing this step and saving; once more stops at once", signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,188 @@
+"""One training run from a prepared model to a complete run folder."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config.recipe_io import LoadedRecipe, format_resolved
+from utils.backends import Backend, MachineFacts
+from utils.checkpoint import STATE, write_folder_atomically
+from utils.cli import STARTED
+from utils.evaluation import compute_mean_loss, measure_losses
+from utils.exceptions import TunebookError
+from utils.logging import add_log_file, get_logger, hide_secrets
+from utils.methods.sft import SftBatches
+from utils.preflight import Preflight
+from utils.report import plot_loss
+from utils.run_folder import RunFolder, collect_versions, find_git_state, hash_files, mark_latest
+from utils.tracking import Tracker
+from utils.training_loop import LoopParts, TrainingState, train
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """All that a run needs, checked and loaded."""
+
+    loaded: LoadedRecipe
+    preflight: Preflight
+    backend: Backend
+    model: Any
+    folder: RunFolder
+
+
+def choose_micro_batch_size(loaded: LoadedRecipe, preflight: Preflight, machine: MachineFacts) -> LoadedRecipe:
+    """Replaces `micro_batch_size: auto` by what fits the device's token budget at the longest example."""
+    training = loaded.recipe.training
+    if training.micro_batch_size != "auto":
+        return loaded
+    longest = max(len(example.input_ids) for example in preflight.data.train)
+    size = max(1, min(training.batch_size, machine.token_budget // longest))
+    reason = f"{machine.token_budget} tokens a forward pass on {machine.device}, longest example {longest}"
+    get_logger().info("training.micro_batch_size: %d (%s)", size, reason)
+    return loaded.with_automatic_value("training.micro_batch_size", size, reason)
+
+
+def run_training(run: PreparedRun) -> TrainingState:
+    """Trains, keeps run.json true at every moment, and leaves adapter/ (or model/) behind.
+
+    Raises:
+        TrainingError: the numbers stopped being finite; run.json then says `failed`.
+    """
+    handler = add_log_file(run.folder.log_file)
+    facts = collect_facts(run)
+    run.folder.recipe_file.write_text(hide_secrets(format_resolved(run.loaded)), encoding="utf-8")
+    run.folder.write_facts(facts)
+    mark_latest(run.folder)
+    log_start(run)
+    tracker = Tracker(run.loaded.recipe.tracking, run.folder.path, run.loaded.recipe.model_dump(mode="json"))
+    try:
+        state = train(make_parts(run, tracker))
+        publish_weights(run, state)
+    except (TunebookError, KeyboardInterrupt) as error:
+        run.folder.write_facts({**facts, "status": "failed", "error": hide_secrets(str(error) or "interrupted")})
+        raise
+    finally:
+        tracker.close()
+        get_logger().removeHandler(handler)
+        handler.close()
+    plot_loss(run.folder)
+    run.folder.write_facts({**facts, **summarise(run, state)})
+    return state
+
+
+def make_parts(run: PreparedRun, tracker: Tracker) -> LoopParts:
+    """Wires the recipe's parts together for the loop."""
+    recipe, data, tokenizer = run.loaded.recipe, run.preflight.data, run.preflight.tokenizer.tokenizer
+    micro_batch_size = recipe.training.micro_batch_size
+    batches = SftBatches(
+        examples=data.train,
+        batch_size=recipe.training.batch_size,
+        micro_batch_size=micro_batch_size if isinstance(micro_batch_size, int) else 1,
+        pad_token_id=tokenizer.pad_token_id,
+        pack_length=recipe.data.max_length if recipe.training.packing else None,
+        seed=recipe.seed,
+    )
+
+    def evaluate() -> float:
+        size = recipe.evaluation.batch_size
+        return compute_mean_loss(measure_losses(run.backend, run.model, run.preflight, size, "Held-out loss"))
+
+    def save_weights(target: Path) -> None:
+        run.backend.save_weights(run.model, target)
+        tokenizer.save_pretrained(str(target))
+
+    return LoopParts(
+        step=run.backend.make_step(run.model, recipe),
+        batches=batches,
+        plan=run.preflight.plan,
+        training=recipe.training,
+        evaluate=evaluate if data.evaluation else None,
+        save_weights=save_weights,
+        folder=run.folder,
+        tracker=tracker,
+    )
+
+
+def log_start(run: PreparedRun) -> None:
+    """Says what is about to happen, in numbers."""
+    logger, plan, data = get_logger(), run.preflight.plan, run.preflight.data
+    trainable, total = run.backend.count_parameters(run.model)
+    machine = run.backend.describe_machine(run.model)
+    logger.info("Run folder: %s", run.folder.path)
+    logger.info("Device: %s (%s), %s", machine.device, machine.device_name, "; ".join(machine.reasons))
+    logger.info("Trainable: %s of %s parameters (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
+    logger.info(
+        "%d training rows, %d held-out rows; %d steps, %d of warmup",
+        len(data.train),
+        len(data.evaluation),
+        plan.total_steps,
+        plan.warmup_steps,
+    )
+
+
+def publish_weights(run: PreparedRun, state: TrainingState) -> None:
+    """Puts the best weights into adapter/ or model/: the best held-out loss where the run was measured to its end."""
+    best = state.step if state.signal_number is not None or state.best_step is None else state.best_step
+    source = run.folder.path / "checkpoints" / f"step-{best}"
+    target = run.folder.adapter if run.loaded.recipe.lora else run.folder.model
+
+    def copy(folder: Path) -> None:
+        for path in source.iterdir():
+            if path.name != STATE:
+                shutil.copy2(path, folder / path.name)
+
+    write_folder_atomically(target, copy)
+    if best != state.step:
+        get_logger().info("Kept the weights of step %d, the best on held-out rows", best)
+
+
+def collect_facts(run: PreparedRun) -> dict[str, Any]:
+    """What is known before the first step; unknown numbers are null, so readers find every key."""
+    machine = run.backend.describe_machine(run.model)
+    trainable, total = run.backend.count_parameters(run.model)
+    data = run.loaded.recipe.data
+    paths = [data.train] if isinstance(data.train, str) else list(data.train)
+    unknown = ("steps", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes")
+    unknown += ("time_to_first_step_s", "train_loss", "eval_loss", "best_step")
+    row_format = run.preflight.row_format
+    return {
+        "status": "running",
+        "recipe": run.loaded.name,
+        "device": machine.device,
+        "device_name": machine.device_name,
+        "dtype": machine.dtype,
+        **dict.fromkeys(unknown),
+        "trainable_parameters": trainable,
+        "parameters": total,
+        "model_hash": run.preflight.source.hash_weights(),
+        "data_hash": hash_files([*paths, *([data.eval] if data.eval else [])]),
+        "row_format": row_format,
+        "template_hash": run.preflight.tokenizer.hash_template(row_format),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(STARTED)),
+        "versions": collect_versions(),
+        "git": find_git_state(),
+    }
+
+
+def summarise(run: PreparedRun, state: TrainingState) -> dict[str, Any]:
+    """The results of a run that ended by itself or by a signal."""
+    return {
+        "status": "stopped" if state.signal_number is not None else "finished",
+        "stop_reason": state.stop_reason,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "supervised_tokens": state.supervised_tokens,
+        "tokens_per_second": state.tokens_per_second,
+        "peak_memory_bytes": run.backend.measure_peak_memory(run.model),
+        "time_to_first_step_s": state.time_to_first_step_s,
+        "train_loss": state.loss_sum / state.supervised_tokens,
+        "eval_loss": state.eval_loss,
+        "best_step": state.best_step,
+        "best_eval_loss": state.best_loss if math.isfinite(state.best_loss) else None,
+        "seconds": time.time() - STARTED,
+    }
