@@ -103,7 +103,7 @@ class DeviceManager:
     def computes_bfloat16_quickly(device: str) -> bool:
         """Times a small matrix product: without native support, torch falls back to a loop up to 100 times slower."""
         if device == "cuda":
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
         if device == "mps":
             return False  # works on recent systems, but losses drift; float32 is the safe choice until measured
 

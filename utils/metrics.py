@@ -136,7 +136,7 @@ def bootstrap_difference(base: Floats, tuned: Floats, weights: Floats, *, expone
 def give_verdict(name: MetricName, comparison: Comparison) -> str:
     """One sentence: better, worse, or not distinguishable."""
     text = f"{TITLES[name]} went from {format_value(name, comparison.base)} to {format_value(name, comparison.tuned)}"
-    interval = f"95 % interval of the difference {format_change(name, comparison.low)} to {format_change(name, comparison.high)}"
+    interval = f"95 % interval {format_change(name, comparison.low)} to {format_change(name, comparison.high)}"
     if comparison.low <= 0 <= comparison.high:
         return f"No measurable change: {text} ({interval}, {comparison.rows} held-out rows)."
     better = (comparison.difference < 0) == (name in LOWER_IS_BETTER)

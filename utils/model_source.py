@@ -17,6 +17,7 @@ from utils.exceptions import ModelLoadingError, RecipeError
 
 EMBEDDED_PREFIX = "embedded/"
 EMBEDDED_MODELS = {"smollm2-135m-instruct": "llama"}  # name → model_type, known before the first conversion
+DEFAULT_MODEL = EMBEDDED_PREFIX + next(iter(EMBEDDED_MODELS))
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 # Never *.bin or *.pt: those are pickles, and loading one runs its code.
 ALL_FILES = [*SMALL_FILES, "*.safetensors"]
@@ -85,7 +86,7 @@ def find_model(model: ModelSection, where: str, *, with_weights: bool) -> ModelS
     elif (local := Path(model.name).expanduser()).is_dir():
         folder = local
     elif model.name.count("/") > 1 or model.name.startswith((".", "/", "~")):
-        fix = f"name a folder that exists, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or {EMBEDDED_PREFIX}{next(iter(EMBEDDED_MODELS))}"
+        fix = f"name a folder that exists, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or {DEFAULT_MODEL}"
         raise RecipeError(f"there is no model {model.name!r}", where=where, fix=fix, code="no-model")
     else:
         folder = fetch_from_hub(model, where, with_weights=with_weights)
@@ -150,7 +151,7 @@ def fetch_from_hub(model: ModelSection, where: str, *, with_weights: bool) -> Pa
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         fix = (
             "connect once to download it, name a local folder, or set "
-            f"model.name: {EMBEDDED_PREFIX}{next(iter(EMBEDDED_MODELS))}, which needs no network"
+            f"model.name: {DEFAULT_MODEL}, which needs no network"
         )
         message = f"{model.name} is not in the cache and the hub cannot be reached"
         raise ModelLoadingError(message, where=where, fix=fix, code="offline") from error

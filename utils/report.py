@@ -194,12 +194,11 @@ def plot_comparison(evaluation: Evaluation, target: Path) -> None:
     scale = 100 if name in BINARY else 1
     values = [row.base * scale, row.tuned * scale]
     lows, highs = [row.base_low * scale, row.tuned_low * scale], [row.base_high * scale, row.tuned_high * scale]
-    errors = [
-        [v - low for v, low in zip(values, lows, strict=True)],
-        [high - v for v, high in zip(values, highs, strict=True)],
-    ]
+    # Rounding can put an interval's end a hair inside its value, and matplotlib refuses negative error bars.
+    below = [max(0.0, value - low) for value, low in zip(values, lows, strict=True)]
+    above = [max(0.0, high - value) for value, high in zip(values, highs, strict=True)]
     figure, axes = open_figure(4.5, 4)
-    bars = axes.bar(["before", "after"], values, yerr=errors, capsize=6, color=[BEFORE, AFTER])
+    bars = axes.bar(["before", "after"], values, yerr=[below, above], capsize=6, color=[BEFORE, AFTER])
     axes.bar_label(
         bars, [format_value(name, row.base), format_value(name, row.tuned)], label_type="center", color="white"
     )

@@ -29,7 +29,7 @@ class Tracker:
     def close(self) -> None:
         """Flushes everything."""
         if self.wandb_run is not None:
-            self.wandb_run.finish(quiet=True)
+            self.wandb_run.finish()
         if self.tensorboard is not None:
             self.tensorboard.close()
 
@@ -47,6 +47,7 @@ def start_wandb(tracking: TrackingSection, run: Path, settings: dict[str, Any]) 
         raise MachineError("wandb needs a key", where="tracking.wandb", fix=fix, code="no-key")
     quiet = wandb.Settings(
         console="off",
+        host="hidden",  # the machine's name is nobody's business
         disable_code=True,
         disable_git=True,
         save_code=False,

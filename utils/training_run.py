@@ -23,6 +23,18 @@ from utils.run_folder import RunFolder, collect_versions, find_git_state, hash_f
 from utils.tracking import Tracker
 from utils.training_loop import LoopParts, TrainingState, train
 
+RESULTS = (
+    "steps",
+    "tokens",
+    "supervised_tokens",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "time_to_first_step_s",
+    "train_loss",
+    "eval_loss",
+    "best_step",
+)
+
 
 @dataclass(frozen=True)
 class PreparedRun:
@@ -36,13 +48,13 @@ class PreparedRun:
 
 
 def choose_micro_batch_size(loaded: LoadedRecipe, preflight: Preflight, machine: MachineFacts) -> LoadedRecipe:
-    """Replaces `micro_batch_size: auto` by what fits the device's token budget at the longest example."""
+    """Replaces `micro_batch_size: auto` by what gives every worker a share and fits the token budget."""
     training = loaded.recipe.training
     if training.micro_batch_size != "auto":
         return loaded
     longest = max(len(example.input_ids) for example in preflight.data.train)
-    size = max(1, min(training.batch_size, machine.token_budget // longest))
-    reason = f"{machine.token_budget} tokens a forward pass on {machine.device}, longest example {longest}"
+    size = max(1, min(-(-training.batch_size // machine.workers), machine.token_budget // longest))
+    reason = f"{machine.workers} worker(s), {machine.token_budget} tokens a forward pass, longest example {longest}"
     get_logger().info("training.micro_batch_size: %d (%s)", size, reason)
     return loaded.with_automatic_value("training.micro_batch_size", size, reason)
 
@@ -147,8 +159,6 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
     trainable, total = run.backend.count_parameters(run.model)
     data = run.loaded.recipe.data
     paths = [data.train] if isinstance(data.train, str) else list(data.train)
-    unknown = ("steps", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes")
-    unknown += ("time_to_first_step_s", "train_loss", "eval_loss", "best_step")
     row_format = run.preflight.row_format
     return {
         "status": "running",
@@ -156,7 +166,7 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
         "device": machine.device,
         "device_name": machine.device_name,
         "dtype": machine.dtype,
-        **dict.fromkeys(unknown),
+        **dict.fromkeys(RESULTS),
         "trainable_parameters": trainable,
         "parameters": total,
         "model_hash": run.preflight.source.hash_weights(),

@@ -48,6 +48,7 @@ class MachineFacts:
         device_name: the hardware.
         dtype: number format of the frozen weights.
         token_budget: tokens that one forward pass should hold when micro_batch_size is auto.
+        workers: micro-batches that run side by side.
         reasons: what was chosen automatically, and why.
     """
 
@@ -55,6 +56,7 @@ class MachineFacts:
     device_name: str
     dtype: str
     token_budget: int
+    workers: int
     reasons: tuple[str, ...]
 
 

@@ -99,7 +99,8 @@ def keep_quantised_weights_differentiable(network: nn.Module) -> None:
 def describe_machine(model: TorchModel) -> MachineFacts:
     """What the model runs on, with the reason for each automatic choice."""
     plan = model.plan
-    return MachineFacts(plan.device, plan.device_name, plan.dtype_name, TOKEN_BUDGETS[plan.device], plan.reasons)
+    budget = TOKEN_BUDGETS[plan.device]
+    return MachineFacts(plan.device, plan.device_name, plan.dtype_name, budget, plan.workers, plan.reasons)
 
 
 def attach_lora(model: TorchModel, recipe: Recipe) -> TorchModel:
@@ -389,7 +390,7 @@ def cut_at_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
     return ids[: next((index for index, token in enumerate(ids) if token in stop_ids), len(ids))]
 
 
-class QueueStreamer(BaseStreamer):
+class QueueStreamer(BaseStreamer):  # type: ignore[misc]  # transformers ships no types
     """Hands each new token over to another thread; None marks the end."""
 
     def __init__(self) -> None:

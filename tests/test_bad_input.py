@@ -1,0 +1,344 @@
+"""Bad input to the real scripts: the documented exit code, one clear line, no traceback, nothing left behind, and at once."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+HEAVY = ("torch", "transformers", "numpy", "peft", "accelerate", "tokenizers", "huggingface_hub", "matplotlib")
+GOOD_ROWS = "".join(
+    json.dumps({"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]}) + "\n"
+    for n in range(12)
+)
+HELP_SECONDS = 0.4
+
+
+def make_environment(folder: Path) -> dict[str, str]:
+    """Offline, with empty caches: whatever a script would fetch or convert shows up as an error or a folder."""
+    changed = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "hub"),
+        "TUNEBOOK_CACHE": str(folder / "cache"),
+        "NO_COLOR": "1",
+    }
+    return {**os.environ, **changed}
+
+
+def run_script(folder: Path, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs a script in `folder/work`, an empty working directory."""
+    work = folder / "work"
+    work.mkdir(exist_ok=True)
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=work, env=make_environment(folder), capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def write_recipe(folder: Path, text: str = "", **replaced: str) -> Path:
+    """A valid recipe with good rows, some sections replaced and text added at its end."""
+    rows = folder / "rows.jsonl"
+    if not rows.exists():
+        rows.write_text(GOOD_ROWS, encoding="utf-8")
+    sections = {
+        "model": "\n  name: embedded/smollm2-135m-instruct",
+        "data": f"\n  train: {rows}",
+        "training": "\n  method: sft\n  epochs: 1",
+        **replaced,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text("".join(f"{name}:{body}\n" for name, body in sections.items()) + text, encoding="utf-8")
+    return path
+
+
+def assert_refused(
+    done: subprocess.CompletedProcess[str], folder: Path, code: int, *words: str, count: int = 1
+) -> None:
+    """The exit code, `count` error lines that hold all words, no traceback, and no trace of a run."""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == code, done.stderr
+    assert len(errors) == count, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines() == errors, "more than the errors was printed"
+    for word in words:
+        assert word in done.stderr
+    assert list((folder / "work").iterdir()) == [], "something was left in the working directory"
+    assert not (folder / "cache").exists(), "a model was converted before the problem was found"
+
+
+READERS = ("validate", "train", "baseline_inference")
+
+
+@pytest.mark.parametrize("script", READERS)
+def test_every_script_that_reads_a_recipe_answers_a_typo_with_its_line(tmp_path: Path, script: str) -> None:
+    path = write_recipe(tmp_path, "lora:\n  ranc: 8\n")
+    done = run_script(tmp_path, script, "--recipe", path)
+    assert_refused(done, tmp_path, 2, f"{path}:9: unknown key lora.ranc")
+    assert done.stdout == ""
+
+
+def test_a_missing_recipe_names_those_that_exist(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    done = run_script(tmp_path, "train", "--recipe", tmp_path / "recipes.yaml")
+    assert_refused(done, tmp_path, 2, "no such recipe file", "recipe.yaml")
+
+
+def test_a_value_of_the_wrong_type_or_out_of_range_is_answered_with_its_line(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, training="\n  method: sft\n  batch_size: '3'\n  learning_rate: 5")
+    done = run_script(tmp_path, "train", "--recipe", path)
+    assert_refused(
+        done,
+        tmp_path,
+        2,
+        f"{path}:7: training.batch_size must be a whole number, not '3'",
+        f"{path}:8: training.learning_rate must be at most 1",
+        count=2,
+    )
+
+
+def test_an_unknown_key_in_an_override_names_the_override(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "train", "--recipe", write_recipe(tmp_path), "--set", "training.epoch=3")
+    assert_refused(done, tmp_path, 2, "error: --set training.epoch: unknown key", "did you mean epochs?")
+
+
+def test_an_unknown_lora_target_names_the_modules_that_exist(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "lora:\n  target_modules: [q_proj, query]\n")
+    done = run_script(tmp_path, "train", "--recipe", path)
+    assert_refused(done, tmp_path, 2, f"{path}:9", "'query'", "q_proj", "down_proj", "all-linear")
+
+
+def test_every_unknown_lora_target_is_reported_at_once(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "lora:\n  target_modules: [query, v_proj, key]\n")
+    done = run_script(tmp_path, "validate", "--recipe", path)
+    assert done.returncode == 2
+    assert "'query'" in done.stderr
+    assert "'key'" in done.stderr
+
+
+def test_an_unknown_lora_target_in_an_override_names_the_override(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "lora: {}\n")
+    done = run_script(tmp_path, "validate", "--recipe", path, "--set", "lora.target_modules=[query]")
+    assert_refused(done, tmp_path, 2, "error: --set lora.target_modules: ", "'query'")
+
+
+@pytest.mark.parametrize("name", ["openai-community/gpt2", "EleutherAI/gpt-neo-125m", "EleutherAI/gpt-j-6b"])
+def test_strategy_chat_is_refused_for_models_without_a_chat_template_before_any_download(
+    tmp_path: Path, name: str
+) -> None:
+    data = f"\n  train: {tmp_path / 'rows.jsonl'}\n  strategy: chat"
+    path = write_recipe(tmp_path, model=f"\n  name: {name}", data=data)
+    done = run_script(tmp_path, "train", "--recipe", path)
+    assert_refused(done, tmp_path, 2, f"{path}:5", "no chat template", "strategy: standard")
+    assert not (tmp_path / "hub").exists()
+
+
+def test_a_hub_model_that_is_not_in_the_cache_offline_is_a_machine_error_with_a_way_out(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, model="\n  name: nobody/no-such-model")
+    done = run_script(tmp_path, "train", "--recipe", path)
+    assert_refused(done, tmp_path, 4, f"{path}:2", "nobody/no-such-model", "embedded/smollm2-135m-instruct")
+
+
+@pytest.mark.parametrize(
+    "name", ["embedded/smollm", "./no/such/folder", "/no/such/folder", "~/no/such/folder", "a/b/c"]
+)
+def test_a_model_that_cannot_exist_is_a_recipe_error(tmp_path: Path, name: str) -> None:
+    path = write_recipe(tmp_path, model=f"\n  name: {name}")
+    done = run_script(tmp_path, "validate", "--recipe", path)
+    assert_refused(done, tmp_path, 2, f"{path}:2", repr(name), "embedded/smollm2-135m-instruct")
+
+
+def test_a_model_folder_without_a_model_is_a_machine_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    path = write_recipe(tmp_path, model=f"\n  name: {tmp_path / 'empty'}")
+    done = run_script(tmp_path, "validate", "--recipe", path)
+    assert_refused(done, tmp_path, 4, f"{path}:2", "config.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "words"),
+    [
+        (None, None, ["no such data file"]),
+        ("", None, ["holds no rows"]),
+        ("\n  \n", None, ["holds no rows"]),
+        ("[]", None, ["holds no rows"]),
+        (GOOD_ROWS + "{not json}\n", 13, ["not JSON"]),
+        (GOOD_ROWS + '["a"]\n', 13, ["must be a JSON object"]),
+        (GOOD_ROWS + '{"question": "a", "reply": "b"}\n', 13, ["question", "reply", "data.columns"]),
+        (GOOD_ROWS + '{"prompt": "a", "completion": ""}\n', 13, ["completion is empty"]),
+        (GOOD_ROWS + '{"prompt": "a", "completion": 3}\n', 13, ["completion must be text"]),
+        (GOOD_ROWS + '{"messages": [{"role": "user", "content": "a"}]}\n', 13, ["last message", "assistant"]),
+        (GOOD_ROWS + '{"messages": [{"role": "robot", "content": "a"}]}\n', 13, ["'robot'", "assistant"]),
+    ],
+    ids=[
+        "missing",
+        "empty",
+        "blank",
+        "empty-array",
+        "not-json",
+        "array",
+        "columns",
+        "no-answer",
+        "type",
+        "cut",
+        "role",
+    ],
+)
+def test_bad_rows_are_data_errors_with_their_line(
+    tmp_path: Path, content: str | None, line: int | None, words: list[str]
+) -> None:
+    rows = tmp_path / "bad.jsonl"
+    if content is not None:
+        rows.write_text(content, encoding="utf-8")
+    path = write_recipe(tmp_path, data=f"\n  train: {rows}")
+    done = run_script(tmp_path, "validate", "--recipe", path)
+    assert_refused(done, tmp_path, 3, f"error: {rows}:{line}: " if line else f"error: {rows}: ", *words)
+
+
+def test_a_data_file_with_a_similar_name_is_suggested(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, data=f"\n  train: {tmp_path / 'row.jsonl'}")
+    done = run_script(tmp_path, "train", "--recipe", path)
+    assert_refused(done, tmp_path, 3, f"did you mean {tmp_path / 'rows.jsonl'}?")
+
+
+def test_many_bad_rows_are_shown_and_counted(tmp_path: Path) -> None:
+    rows = tmp_path / "bad.jsonl"
+    rows.write_text("oops\n" * 100, encoding="utf-8")
+    done = run_script(tmp_path, "validate", "--recipe", write_recipe(tmp_path, data=f"\n  train: {rows}"))
+    assert_refused(done, tmp_path, 3, f"{rows}:1:", f"{rows}:5:", "95 more", count=6)
+
+
+def test_a_run_folder_that_exists_is_never_overwritten(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "precious.txt").write_text("mine", encoding="utf-8")
+    done = run_script(tmp_path, "train", "--recipe", write_recipe(tmp_path), "--run", taken)
+    assert_refused(done, tmp_path, 5, f"error: {taken}: ", "exists")
+    assert [path.name for path in taken.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize("script", ["merge", "infer", "evaluate_run"])
+def test_scripts_that_need_a_run_say_that_there_is_none(tmp_path: Path, script: str) -> None:
+    assert_refused(run_script(tmp_path, script), tmp_path, 5, "there is no run yet", "scripts/train.py")
+    (tmp_path / "bogus").mkdir()
+    done = run_script(tmp_path, script, "--run", tmp_path / "bogus")
+    assert_refused(done, tmp_path, 5, f"error: {tmp_path / 'bogus'}: ", "not a run folder")
+    done = run_script(tmp_path, script, "--run", tmp_path / "nowhere")
+    assert_refused(done, tmp_path, 5, f"error: {tmp_path / 'nowhere'}: ")
+
+
+@pytest.mark.parametrize("script", ["merge", "infer", "evaluate_run"])
+def test_a_run_that_failed_has_nothing_to_give(tmp_path: Path, script: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(write_recipe(tmp_path).read_text(encoding="utf-8"), encoding="utf-8")
+    (run / "run.json").write_text('{"status": "failed"}', encoding="utf-8")
+    done = run_script(tmp_path, script, "--run", run)
+    assert_refused(done, tmp_path, 5, f"error: {run}: ", "failed")
+
+
+def test_a_plain_model_takes_generation_settings_only(tmp_path: Path) -> None:
+    arguments = ("--model", "embedded/x", "--prompt", "hi")
+    done = run_script(tmp_path, "infer", *arguments, "--set", "training.epochs=1")
+    assert_refused(done, tmp_path, 2, "--set training.epochs=1", "generation")
+    done = run_script(tmp_path, "infer", *arguments, "--set", "generation.temperature=-1")
+    assert_refused(done, tmp_path, 2, "--set generation.temperature: ", "at least 0")
+    done = run_script(tmp_path, "infer", *arguments)
+    assert_refused(done, tmp_path, 2, "'embedded/x'", "embedded/smollm2-135m-instruct")
+
+
+def test_prompts_that_do_not_exist_are_a_data_error(tmp_path: Path) -> None:
+    arguments = ("--model", "embedded/smollm2-135m-instruct", "--prompts")
+    for name in ("none.txt", "none.jsonl"):
+        done = run_script(tmp_path, "infer", *arguments, tmp_path / name)
+        assert_refused(done, tmp_path, 3, f"error: {tmp_path / name}: ", "no such")
+
+
+def test_problems_for_programs_are_json_on_stdout(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "generation:\n  top_p: 0.9\nlora:\n  rr: 1\n")
+    done = run_script(tmp_path, "validate", "--recipe", path, "--json")
+    answer = json.loads(done.stdout)
+    assert done.returncode == 2
+    assert done.stderr == ""
+    assert answer["ok"] is False
+    assert [set(problem) for problem in answer["problems"]] == [{"code", "where", "message", "fix"}]
+    assert answer["problems"][0]["code"] == "unknown-key"
+    assert answer["problems"][0]["where"] == f"{path}:11"
+
+
+def test_a_data_problem_for_programs_is_json_as_well(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, data="\n  train: nowhere.jsonl")
+    done = run_script(tmp_path, "validate", "--recipe", path, "--json")
+    assert done.returncode == 3
+    assert [problem["code"] for problem in json.loads(done.stdout)["problems"]] == ["no-file"]
+
+
+def test_a_secret_in_the_environment_is_never_printed(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    path = write_recipe(tmp_path, training="\n  method: sft\n  lr_scheduler: my-very-secret-value")
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe", str(path)]
+    environment = {**make_environment(tmp_path), "MY_API_KEY": "my-very-secret-value"}
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "training.lr_scheduler" in done.stderr
+    assert "my-very-secret-value" not in done.stderr + done.stdout
+
+
+def list_heavy_imports(folder: Path, script: Path, *arguments: object) -> list[str]:
+    """Heavy packages in sys.modules after a script has answered."""
+    code = (
+        "import json, runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit:\n    pass\n"
+        f"print('MODULES ' + json.dumps([name for name in {HEAVY!r} if name in sys.modules]))\n"
+    )
+    command = [sys.executable, "-c", code, str(script), *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=folder, env=make_environment(folder), capture_output=True, text=True, timeout=60, check=True
+    )
+    found: list[str] = json.loads(done.stdout.rpartition("MODULES ")[2])
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_answers_without_importing_anything_heavy(tmp_path: Path, script: Path) -> None:
+    assert list_heavy_imports(tmp_path, script, "--help") == []
+
+
+@pytest.mark.parametrize("script", READERS)
+def test_a_typo_is_answered_without_importing_anything_heavy(tmp_path: Path, script: str) -> None:
+    path = write_recipe(tmp_path, "lora:\n  ranc: 8\n")
+    assert list_heavy_imports(tmp_path, ROOT / "scripts" / f"{script}.py", "--recipe", path) == []
+
+
+@pytest.mark.parametrize("script", ["merge", "infer", "evaluate_run"])
+def test_a_missing_run_is_answered_without_importing_anything_heavy(tmp_path: Path, script: str) -> None:
+    assert list_heavy_imports(tmp_path, ROOT / "scripts" / f"{script}.py") == []
+
+
+def measure_seconds(folder: Path, *command: object) -> float:
+    """Shortest of five runs: other processes can only make a run longer."""
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, timeout=60, check=False)
+        best = min(best, time.perf_counter() - started)
+        if best < HELP_SECONDS:
+            break
+    return best
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_answers_at_once(tmp_path: Path, script: Path) -> None:
+    assert measure_seconds(tmp_path, sys.executable, script, "--help") < HELP_SECONDS
+
+
+def test_a_typo_is_answered_in_less_than_a_second(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "lora:\n  ranc: 8\n")
+    assert measure_seconds(tmp_path, sys.executable, ROOT / "scripts" / "train.py", "--recipe", path) < 1.0

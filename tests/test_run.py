@@ -1,0 +1,268 @@
+"""A whole run through the real scripts, on a tiny model: train, signals, evaluate, infer, merge, trackers, secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STEP_KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second"}
+RUN_KEYS = {
+    *("status", "device", "dtype", "steps", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes"),
+    *("time_to_first_step_s", "train_loss", "eval_loss", "best_step", "versions", "data_hash", "template_hash"),
+}
+
+
+def run_script(name: str, *arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script as a user would, from `cwd`."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def write_rows(path: Path, count: int = 24) -> Path:
+    """Rows with a question and an answer that a database can check."""
+    database = "CREATE TABLE t (a INTEGER); INSERT INTO t VALUES (1), (2);"
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"SELECT {i}"}],
+            "database": database,
+            "level": i % 2,
+        }
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_recipe(folder: Path, model: Path, **training: Any) -> Path:
+    """A recipe file for the tiny model."""
+    recipe = {
+        "model": {"name": str(model), "dtype": "float32"},
+        "data": {"train": str(write_rows(folder / "rows.jsonl")), "eval_fraction": 0.25},
+        "lora": {"r": 4},
+        "training": {
+            "method": "sft",
+            "batch_size": 4,
+            "learning_rate": 1e-2,
+            "max_steps": 6,
+            "eval_every": 2,
+            **training,
+        },
+        "generation": {"max_new_tokens": 4},
+        "evaluation": {"metrics": ["execution_accuracy", "exact_match", "loss", "perplexity"], "samples": 2},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with one finished run in it, tracked by wandb (offline) and tensorboard, with secrets around."""
+    work = tmp_path_factory.mktemp("work")
+    recipe = write_recipe(work, tiny_llama)
+    (work / ".env").write_text("HF_TOKEN=hf_canaryfromdotenvfile0001\n", encoding="utf-8")
+    done = run_script(
+        *("train", "--recipe", recipe, "--set", "tracking.wandb=true", "--set", "tracking.tensorboard=true"),
+        cwd=work,
+        WANDB_MODE="offline",
+        WANDB_API_KEY="c0ffee" * 6 + "beef",
+        MY_SECRET_TOKEN="canary-in-the-environment-42",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "⟦SELECT" in done.stdout
+    assert "Next: python scripts/evaluate_run.py" in done.stdout
+    return work
+
+
+def find_run(work: Path) -> Path:
+    """The run that the latest pointer names."""
+    return Path((work / "outputs" / "latest").read_text(encoding="utf-8").strip())
+
+
+def test_a_run_folder_holds_everything_that_the_contract_names(finished: Path) -> None:
+    run = find_run(finished)
+    for name in (
+        "recipe.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "log.txt",
+        "loss.png",
+        "adapter/adapter_model.safetensors",
+    ):
+        assert (run / name).stat().st_size > 0, name
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert facts.keys() >= RUN_KEYS
+    assert facts["status"] == "finished"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(row.keys() == STEP_KEYS for row in steps)
+    assert [row["step"] for row in rows if "eval_loss" in row] == [2, 4, 6]
+    assert facts["tokens"] == sum(row["tokens"] for row in steps)
+    mean = sum(row["loss"] * row["supervised_tokens"] for row in steps) / facts["supervised_tokens"]
+    assert facts["train_loss"] == pytest.approx(mean)
+    assert "micro_batch_size" in (run / "recipe.yaml").read_text(encoding="utf-8")
+    assert "# auto: " in (run / "recipe.yaml").read_text(encoding="utf-8")
+
+
+def test_the_adapter_is_the_best_checkpoint(finished: Path) -> None:
+    run = find_run(finished)
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    best = run / "checkpoints" / f"step-{facts['best_step']}" / "adapter_model.safetensors"
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == best.read_bytes()
+    assert not list(run.rglob("*.tmp-*"))
+
+
+def test_no_secret_reaches_the_run_folder_or_a_tracker(finished: Path) -> None:
+    canaries = [b"hf_canaryfromdotenvfile0001", b"c0ffee" * 6 + b"beef", b"canary-in-the-environment-42"]
+    files = [path for path in find_run(finished).rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert any("tfevents" in path.name for path in files)
+    for path in files:
+        content = path.read_bytes()
+        assert not [canary for canary in canaries if canary in content], path
+        if path.suffix == ".wandb":
+            assert os.uname().release.encode() not in content
+            assert str(ROOT / "scripts").encode() not in content
+            assert b"learning_rate" in content
+
+
+def test_the_same_recipe_gives_the_same_losses(finished: Path, tiny_llama: Path) -> None:
+    again = finished / "again"
+    done = run_script("train", "--recipe", finished / "tiny.yaml", "--run", again, cwd=finished)
+    assert done.returncode == 0, done.stderr
+
+    def read_losses(run: Path) -> list[float]:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+    first = next(path for path in (finished / "outputs" / "tiny").iterdir() if path.is_dir())
+    assert read_losses(first) == read_losses(again)
+    weights = "adapter/adapter_model.safetensors"
+    assert (first / weights).read_bytes() == (again / weights).read_bytes()
+
+
+def test_evaluation_writes_a_report_with_intervals_and_a_verdict(finished: Path) -> None:
+    done = run_script("evaluate_run", cwd=finished)
+    assert done.returncode == 0, done.stderr
+    run = find_run(finished)
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    assert report["verdict"].split(":")[0] in ("Better", "Worse", "No measurable change")
+    assert set(report["metrics"]) == {"execution_accuracy", "exact_match", "loss", "perplexity"}
+    for numbers in report["metrics"].values():
+        assert numbers["difference"] == pytest.approx(numbers["tuned"] - numbers["base"])
+        assert numbers["low"] <= numbers["difference"] <= numbers["high"]
+    assert report["metrics"]["perplexity"]["tuned"] == pytest.approx(np.exp(report["metrics"]["loss"]["tuned"]))
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert report["metrics"]["loss"]["tuned"] == pytest.approx(facts["best_eval_loss"], rel=1e-4)
+    assert len(report["samples"]) == 2
+    assert (run / "report.md").read_text(encoding="utf-8").startswith("# Report: tiny")
+    assert (run / "before_after.png").read_bytes().startswith(b"\x89PNG")
+    assert report["verdict"].split(":")[0] in done.stdout
+
+
+def test_a_merged_model_answers_like_its_adapter_and_loads_in_transformers(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = finished / "merged"
+    done = run_script("merge", "--out", target, cwd=finished)
+    assert done.returncode == 0, done.stderr
+    assert "KL divergence" in done.stdout
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert "im_start" in tokenizer.chat_template
+    assert AutoModelForCausalLM.from_pretrained(target).config.model_type == "llama"
+    assert json.loads((target / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"] == [2]
+    assert run_script("merge", "--out", target, cwd=finished).returncode == 5
+    prompts = finished / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Say 3"}\n{"messages": [{"role": "user", "content": "Say 4"}]}\n', encoding="utf-8")
+    answers = []
+    for source in (("--run", find_run(finished)), ("--model", target, "--set", "generation.max_new_tokens=4")):
+        out = finished / "answers.jsonl"
+        done = run_script("infer", *source, "--prompts", prompts, "--out", out, cwd=finished)
+        assert done.returncode == 0, done.stderr
+        answers.append([json.loads(line)["answer"] for line in out.read_text(encoding="utf-8").splitlines()])
+    assert answers[0] == answers[1]
+    single = run_script("infer", "--prompt", "Say 3", cwd=finished)
+    assert single.returncode == 0, single.stderr
+    assert single.stdout.strip() == answers[0][0].strip()
+    assert "warn" not in single.stderr.lower()
+
+
+def test_a_conversation_remembers_and_ends(finished: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "infer.py")],
+        cwd=finished,
+        input="Say 1\n/reset\n<|im_end|>\n/exit\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("> ") == 4
+    assert "control token <|im_end|>" in done.stderr
+
+
+def test_a_signal_finishes_the_step_saves_and_says_so(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, max_steps=20_000, eval_every=10_000)
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe", str(recipe), "--run", str(run)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert facts["status"] == "stopped"
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert (run / "checkpoints" / f"step-{facts['steps']}").is_dir()
+    assert "Traceback" not in output
+
+
+def test_early_stopping_ends_a_run_that_no_longer_gains(tiny_llama: Path, tmp_path: Path) -> None:
+    # A threshold that no evaluation can beat: the first counts as best, the next two as without gain.
+    patience = {"early_stopping_patience": 2, "early_stopping_threshold": 50.0}
+    recipe = write_recipe(tmp_path, tiny_llama, max_steps=40, eval_every=1, **patience)
+    run = tmp_path / "run"
+    done = run_script("train", "--recipe", recipe, "--run", run, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert (facts["steps"], facts["best_step"]) == (3, 1)
+    assert "no better held-out loss" in facts["stop_reason"]
+    best = run / "checkpoints" / "step-1" / "adapter_model.safetensors"
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == best.read_bytes()
+
+
+def test_a_run_whose_numbers_are_not_finite_stops_and_says_failed(tiny_llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_llama, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    run = tmp_path / "run"
+    done = run_script("train", "--recipe", write_recipe(tmp_path, broken), "--run", run, cwd=tmp_path)
+    assert done.returncode == 5, done.stderr
+    assert "error: step 1: loss nan" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "failed"
+    assert not (run / "adapter").exists()

@@ -1,0 +1,283 @@
+"""Data files become rows that know their line, and whatever is wrong with a file is said at once, with its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from utils.data_loading import (
+    SHOWN_PROBLEMS,
+    Row,
+    iterate_batches,
+    load_rows,
+    read_text_lines,
+    rename_columns,
+    split_rows,
+)
+from utils.exceptions import DataError
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def fail(path: str | list[str], columns: dict[str, str] | None = None) -> DataError:
+    with pytest.raises(DataError) as caught:
+        load_rows(path, columns)
+    return caught.value
+
+
+def test_jsonl_rows_come_in_order_and_know_their_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "one"}\n{"text": "två"}\n')
+    assert load_rows(path) == [Row({"text": "one"}, f"{path}:1"), Row({"text": "två"}, f"{path}:2")]
+
+
+def test_the_last_line_needs_no_line_break(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "one"}\n{"text": "two"}')
+    assert [row.fields["text"] for row in load_rows(path)] == ["one", "two"]
+
+
+def test_blank_lines_are_skipped_but_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '\n{"text": "one"}\n  \n\n{"text": "two"}\n\n')
+    assert [row.where for row in load_rows(path)] == [f"{path}:2", f"{path}:5"]
+
+
+def test_windows_line_ends_and_a_byte_order_mark_leave_no_trace(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n')
+    assert load_rows(path) == [Row({"text": "one"}, f"{path}:1"), Row({"text": "two"}, f"{path}:3")]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_unicode_line_separator_inside_a_string_does_not_split_its_row(tmp_path: Path, separator: str) -> None:
+    # str.splitlines breaks at these characters, which JSON allows unescaped inside a string.
+    path = write(tmp_path / "a.jsonl", f'{{"text": "one{separator}more"}}\n{{"text": "two"}}\n')
+    rows = load_rows(path)
+    assert [row.fields["text"] for row in rows] == [f"one{separator}more", "two"]
+    assert rows[1].where == f"{path}:2"
+
+
+def test_the_rows_of_a_json_array_know_the_line_on_which_they_start(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", '\n[\n  {"text": "one"},\n  {\n    "text": "two"\n  }, {"text": "three"}\n]\n')
+    rows = load_rows(path)
+    assert [row.fields["text"] for row in rows] == ["one", "two", "three"]
+    assert [row.where for row in rows] == [f"{path}:3", f"{path}:4", f"{path}:6"]
+
+
+def test_a_json_array_on_one_line_behind_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", b'\xef\xbb\xbf[{"text": "one"},{"text": "two"}]')
+    assert [row.where for row in load_rows(path)] == [f"{path}:1", f"{path}:1"]
+
+
+def test_a_json_array_that_breaks_off_is_refused_with_its_line(tmp_path: Path) -> None:
+    error = fail(write(tmp_path / "a.json", '[\n{"text": "one"},\n{"text": "tw'))
+    assert error.problems[0].code == "not-json"
+    assert error.problems[0].where == f"{tmp_path}/a.json:3"
+
+
+@pytest.mark.parametrize("content", ['[{"text": "one"},', '[{"text": "one"}', "["])
+def test_a_json_array_without_its_closing_bracket_is_refused(tmp_path: Path, content: str) -> None:
+    assert fail(write(tmp_path / "a.json", content)).problems[0].code == "not-json"
+
+
+@pytest.mark.parametrize("tail", ['[{"text": "two"}]', '{"text": "two"}', "rubbish"])
+def test_text_behind_a_json_array_is_refused(tmp_path: Path, tail: str) -> None:
+    # Reading stopped at the first `]`, so the rows of a second, concatenated array were lost without a word.
+    error = fail(write(tmp_path / "a.json", f'[{{"text": "one"}}]\n{tail}\n'))
+    assert error.problems[0].where == f"{tmp_path}/a.json:2"
+
+
+def test_elements_of_a_json_array_that_are_no_objects_are_refused_with_their_lines(tmp_path: Path) -> None:
+    error = fail(write(tmp_path / "a.json", '[\n{"text": "one"},\n3,\n"x"\n]'))
+    assert [problem.where for problem in error.problems] == [f"{tmp_path}/a.json:3", f"{tmp_path}/a.json:4"]
+
+
+def test_several_files_are_read_one_behind_the_other(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", '{"text": "one"}\n')
+    second = write(tmp_path / "b.json", '[{"text": "two"}]')
+    assert [row.where for row in load_rows([first, second])] == [f"{first}:1", f"{second}:1"]
+
+
+def test_all_bad_rows_are_counted_and_the_first_ones_shown(tmp_path: Path) -> None:
+    bad = SHOWN_PROBLEMS + 4
+    error = fail(write(tmp_path / "a.jsonl", '{"text": "fine"}\n' + "{oops\n" * bad + "[1]\n"))
+    shown = error.problems[:SHOWN_PROBLEMS]
+    assert [problem.where for problem in shown] == [
+        f"{tmp_path}/a.jsonl:{2 + index}" for index in range(SHOWN_PROBLEMS)
+    ]
+    assert len(error.problems) == SHOWN_PROBLEMS + 1
+    assert f"{bad + 1 - SHOWN_PROBLEMS} more" in error.problems[-1].message
+
+
+def test_bad_rows_of_all_files_are_reported_together(tmp_path: Path) -> None:
+    paths = [write(tmp_path / name, "{oops\n") for name in ("a.jsonl", "b.jsonl")]
+    assert [problem.where for problem in fail(paths).problems] == [f"{path}:1" for path in paths]
+
+
+@pytest.mark.parametrize("line", ["3", '"text"', "null", "true", '{"text": "a"} {"text": "b"}', "{'text': 'a'}"])
+def test_a_line_that_is_not_one_json_object_is_refused(tmp_path: Path, line: str) -> None:
+    error = fail(write(tmp_path / "a.jsonl", f'{{"text": "fine"}}\n{line}\n'))
+    assert [problem.where for problem in error.problems] == [f"{tmp_path}/a.jsonl:2"]
+
+
+def test_deep_nesting_is_a_bad_row_and_no_crash(tmp_path: Path) -> None:
+    error = fail(write(tmp_path / "a.jsonl", '{"text": ' + "[" * 200_000 + "\n"))
+    assert error.problems[0].code == "not-json"
+
+
+def test_a_number_with_too_many_digits_is_a_bad_row_and_no_crash(tmp_path: Path) -> None:
+    # Python refuses integers over 4300 digits with a plain ValueError, which was not caught.
+    error = fail(write(tmp_path / "a.jsonl", '{"text": "a", "id": ' + "9" * 5000 + "}\n"))
+    assert error.problems[0].where == f"{tmp_path}/a.jsonl:1"
+
+
+def test_a_missing_file_gets_a_suggestion(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", "{}")
+    error = fail(str(tmp_path / "trian.jsonl"))
+    assert error.problems[0].code == "no-file"
+    assert error.problems[0].fix == f"did you mean {tmp_path}/train.jsonl?"
+
+
+def test_a_missing_file_unlike_any_other_gets_a_list(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", "{}")
+    write(tmp_path / "notes.txt", "")
+    fix = fail(str(tmp_path / "zzz.json")).problems[0].fix or ""
+    assert "rows.jsonl" in fix
+    assert "notes.txt" not in fix
+
+
+def test_a_file_in_a_missing_folder_names_the_folder(tmp_path: Path) -> None:
+    fix = fail(str(tmp_path / "none" / "a.jsonl")).problems[0].fix or ""
+    assert f"{tmp_path}/none does not exist" in fix
+
+
+def test_a_folder_is_not_a_data_file(tmp_path: Path) -> None:
+    folder = tmp_path / "rows.jsonl"
+    folder.mkdir()
+    error = fail(str(folder))
+    assert "folder" in error.problems[0].message
+    assert error.problems[0].where == str(folder)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows", "rows.jsonl.gz"])
+def test_a_file_of_another_kind_is_refused_by_its_ending(tmp_path: Path, name: str) -> None:
+    assert ".jsonl" in (fail(write(tmp_path / name, '{"text": "a"}')).problems[0].fix or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.json", "[]"), ("a.json", "[ ]\n")]
+)
+def test_a_file_without_rows_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    error = fail(write(tmp_path / name, content))
+    assert error.problems[0].code == "no-rows"
+    assert error.problems[0].where == f"{tmp_path}/{name}"
+
+
+def test_a_file_that_is_not_utf_8_is_refused_with_the_line_of_the_first_bad_byte(tmp_path: Path) -> None:
+    error = fail(write(tmp_path / "a.jsonl", '{"text": "fine"}\n{"text": "caf\u00e9"}\n'.encode("latin-1")))
+    assert error.problems[0].where == f"{tmp_path}/a.jsonl:2"
+    assert error.problems[0].fix == "save it as UTF-8"
+
+
+def test_a_data_error_exits_with_3(tmp_path: Path) -> None:
+    assert fail(str(tmp_path / "none.jsonl")).exit_code == 3
+
+
+def test_columns_are_renamed_and_the_others_kept(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"question": "q", "answer": "a", "level": 1}\n')
+    rows = load_rows(path, {"question": "prompt", "answer": "completion"})
+    assert rows == [Row({"prompt": "q", "completion": "a", "level": 1}, f"{path}:1")]
+
+
+def test_two_columns_can_swap_their_names() -> None:
+    row = rename_columns(Row({"a": 1, "b": 2}, "x:1"), {"a": "b", "b": "a"})
+    assert row.fields == {"a": 2, "b": 1}
+
+
+def test_renaming_a_column_that_a_row_lacks_is_refused_with_its_line(tmp_path: Path) -> None:
+    error = fail(write(tmp_path / "a.jsonl", '{"question": "q"}\n{"quest": "q"}\n'), {"question": "prompt"})
+    assert error.problems[0].where == f"{tmp_path}/a.jsonl:2"
+    assert "'question'" in error.problems[0].message
+    assert "quest" in (error.problems[0].fix or "")
+
+
+def test_renaming_counts_all_rows_that_lack_the_column(tmp_path: Path) -> None:
+    # Only the first such row was reported; every other kind of bad row is counted.
+    path = write(tmp_path / "a.jsonl", '{"q": 1}\n' * (SHOWN_PROBLEMS + 2))
+    assert "2 more" in str(fail(path, {"question": "prompt"}))
+
+
+def test_renaming_onto_a_column_that_exists_is_refused(tmp_path: Path) -> None:
+    # One of the two values was thrown away without a word; which one depended on the order of the row's keys.
+    path = write(tmp_path / "a.jsonl", '{"question": "q", "prompt": "p", "completion": "c"}\n')
+    assert fail(path, {"question": "prompt"}).problems[0].where == f"{path}:1"
+
+
+def make_rows(count: int) -> list[Row]:
+    return [Row({"text": str(index)}, f"x:{index}") for index in range(count)]
+
+
+def test_a_split_is_the_same_for_the_same_seed_and_another_for_another() -> None:
+    rows = make_rows(200)
+    assert split_rows(rows, 0.1, 42) == split_rows(rows, 0.1, 42)
+    assert split_rows(rows, 0.1, 42) != split_rows(rows, 0.1, 43)
+
+
+def test_a_split_loses_no_row_repeats_none_and_keeps_the_order() -> None:
+    rows = make_rows(97)
+    train, held_out = split_rows(rows, 0.2, 7)
+    assert len(held_out) == 19
+    assert {row.where for row in train} | {row.where for row in held_out} == {row.where for row in rows}
+    assert not {row.where for row in train} & {row.where for row in held_out}
+    for part in (train, held_out):
+        assert part == [row for row in rows if row in part]
+
+
+def test_a_split_of_known_rows_never_changes() -> None:
+    # Pinned: the held-out rows of an old run must be found again, on every machine and Python.
+    _, held_out = split_rows(make_rows(30), 0.1, 42)
+    assert [row.fields["text"] for row in held_out] == ["0", "3", "20"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_a_small_fraction_holds_out_at_least_one_row(count: int) -> None:
+    train, held_out = split_rows(make_rows(count), 0.001, 1)
+    assert len(held_out) == 1
+    assert len(train) == count - 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_a_split_never_holds_out_all_rows(count: int) -> None:
+    train, held_out = split_rows(make_rows(count), 0.999, 1)
+    assert len(train) == 1
+    assert len(held_out) == count - 1
+
+
+def test_fraction_0_and_a_single_row_hold_out_nothing() -> None:
+    assert split_rows(make_rows(10), 0, 1) == (make_rows(10), [])
+    assert split_rows(make_rows(1), 0.5, 1) == (make_rows(1), [])
+
+
+def test_batches_are_consecutive_and_the_last_may_be_smaller() -> None:
+    assert list(iterate_batches([1, 2, 3, 4, 5], 2)) == [[1, 2], [3, 4], [5]]
+
+
+def test_lines_of_a_prompt_file_are_read_without_the_empty_ones(tmp_path: Path) -> None:
+    assert read_text_lines(Path(write(tmp_path / "p.txt", "one\n\n two\u2028 half\n"))) == ["one", " two\u2028 half"]
+
+
+def test_windows_line_ends_and_a_byte_order_mark_do_not_get_into_prompts(tmp_path: Path) -> None:
+    assert read_text_lines(Path(write(tmp_path / "p.txt", b"\xef\xbb\xbfone\r\ntwo\r\n"))) == ["one", "two"]
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", b"caf\xe9"])
+def test_a_prompt_file_that_is_empty_or_unreadable_is_refused(tmp_path: Path, content: str | bytes) -> None:
+    with pytest.raises(DataError):
+        read_text_lines(Path(write(tmp_path / "p.txt", content)))
+
+
+def test_a_row_is_what_json_says(tmp_path: Path) -> None:
+    fields = {"messages": [{"role": "user", "content": 'a\nb\t"c" \U0001f3b5'}], "level": 1.5, "none": None}
+    assert load_rows(write(tmp_path / "a.ndjson", json.dumps(fields)))[0].fields == fields

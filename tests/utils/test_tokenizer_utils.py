@@ -1,0 +1,668 @@
+"""What is learned is exactly the assistant's turns, with real tokenizers and the chat templates of the large families.
+
+The oracle is the package trl: it ships each template twice, plain and with `{% generation %}` marks around what to learn.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from config.structured_config import ModelSection
+from utils.data_formats import Example, Message, read_example
+from utils.data_loading import Row
+from utils.exceptions import DataError, RecipeError
+from utils.model_source import find_model
+from utils.tokenizer_utils import (
+    EncodedExample,
+    TokenizerUtils,
+    ensure_pad_token,
+    fit_length,
+    load_tokenizer,
+    read_template,
+)
+
+TRL = importlib.util.find_spec("trl")
+CHAT_TEMPLATES = Path(TRL.submodule_search_locations[0]) / "chat_templates" if TRL else Path()  # type: ignore[index]
+NEEDS_TRL = pytest.mark.skipif(TRL is None, reason="trl is not installed")
+LLAMA_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>")
+QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# template: (control tokens, bos, eos, what ends an assistant turn)
+FAMILIES: dict[str, tuple[tuple[str, ...], str | None, str, str]] = {
+    "llama3": (LLAMA_TOKENS, "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
+    "llama3_2": (LLAMA_TOKENS, "<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>"),
+    "phi3": (
+        ("<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        "<s>",
+        "<|endoftext|>",
+        "<|end|>",
+    ),
+    "qwen2_5": (QWEN_TOKENS, None, "<|im_end|>", "<|im_end|>"),
+    "qwen3": (QWEN_TOKENS, None, "<|im_end|>", "<|im_end|>"),
+    "gemma": (("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<bos>", "<eos>", "<end_of_turn>"),
+}
+WITH_ORACLE = ("llama3", "phi3", "qwen2_5", "qwen3", "gemma")
+SINGLE = (("user", "What is 2 + 2?"), ("assistant", "It is 4."))
+MULTI = (*SINGLE, ("user", "And 3 + 3?"), ("assistant", "That is 6,\nof course."))
+CONVERSATIONS = {
+    "single": SINGLE,
+    "multi": MULTI,
+    "system": (("system", "Be brief."), *SINGLE),
+    "system_multi": (("system", "Be brief."), *MULTI),
+}
+PROMPTED = {
+    **CONVERSATIONS,
+    "newline_first": (("user", "Hi"), ("assistant", "\nHello")),
+    "newlines_around": (("user", "Hi\n"), ("assistant", "\n\nHello\n\n")),
+    "space_first": (("user", "2 + 2 ="), ("assistant", " 4")),
+    "spaces_around": (*SINGLE, ("user", " Hi "), ("assistant", "  Hello  ")),
+    "like_the_role": (("user", "assistant"), ("assistant", "assistant")),
+    "like_a_letter": (("user", "m"), ("assistant", "m")),
+    "like_the_terminator": (("user", "end"), ("assistant", "im_end")),
+    "like_a_think_block": (("user", "think"), ("assistant", "think")),
+    "same_answers": (("user", "a"), ("assistant", "b"), ("user", "a"), ("assistant", "b")),
+    "answer_in_the_question": (("user", "Say: Hello"), ("assistant", "Hello")),
+    "other_alphabet": (("user", "Grüß dich 🎵"), ("assistant", "こんにちは 🎶")),
+}
+
+
+@pytest.fixture(scope="session")
+def model_folder() -> Path:
+    return find_model(ModelSection(name="embedded/smollm2-135m-instruct"), "test", with_weights=True).folder
+
+
+@pytest.fixture
+def tokenizer(model_folder: Path) -> Any:
+    return load_tokenizer(model_folder)
+
+
+def make_family_tokenizer(folder: Path, family: str) -> Any:
+    """The real tokenizer with the control tokens and the chat template of a family."""
+    tokens, bos, eos, _ = FAMILIES[family]
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = bos, eos, eos
+    tokenizer.chat_template = (CHAT_TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8")
+    if bos is not None:  # what the tokenizers of these families do when they are called
+        bos_id = tokenizer.convert_tokens_to_ids(bos)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, bos_id)]
+        )
+        assert tokenizer("x").input_ids[0] == bos_id
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def family_tokenizers(model_folder: Path) -> dict[str, Any]:
+    return {family: make_family_tokenizer(model_folder, family) for family in FAMILIES}
+
+
+def make_messages(turns: tuple[tuple[str, str], ...]) -> tuple[Message, ...]:
+    return tuple({"role": role, "content": content} for role, content in turns)
+
+
+def make_example(turns: tuple[tuple[str, str], ...], name: str = "messages") -> Example:
+    return Example(name, make_messages(turns), None, "rows.jsonl:7", {})  # type: ignore[arg-type]
+
+
+def read(fields: dict[str, Any]) -> Example:
+    return read_example(Row(fields, "rows.jsonl:7"), "auto")
+
+
+def find_learned(tokenizer: Any, encoded: EncodedExample) -> list[str]:
+    """The text of each run of learned tokens."""
+    runs: list[list[int]] = []
+    previous = False
+    for index, learned in zip(encoded.input_ids, encoded.loss_mask, strict=True):
+        if learned:
+            runs = runs if previous else [*runs, []]
+            runs[-1].append(int(index))
+        previous = bool(learned)
+    return [tokenizer.decode(run) for run in runs]
+
+
+def spell(tokenizer: Any, ids: Any, mask: Any) -> tuple[str, list[bool]]:
+    """The text of token ids, and for each character whether its token is learned (ASCII only)."""
+    text, learned = "", []
+    for index, flag in zip(ids, mask, strict=True):
+        piece = tokenizer.decode([int(index)])
+        text += piece
+        learned += [bool(flag)] * len(piece)
+    return text, learned
+
+
+def supports(family: str, conversation: str) -> bool:
+    return not (family == "gemma" and conversation.startswith("system"))
+
+
+@NEEDS_TRL
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("family", WITH_ORACLE)
+def test_the_mask_is_that_of_the_templates_training_form(
+    family_tokenizers: dict[str, Any], family: str, conversation: str
+) -> None:
+    if not supports(family, conversation):
+        pytest.skip("Gemma has no system role")
+    if family == "qwen3" and conversation.endswith("multi"):
+        pytest.skip("trl's training form writes think blocks that the model's own template leaves out")
+    tokenizer, end = family_tokenizers[family], FAMILIES[family][3]
+    training = (CHAT_TEMPLATES / f"{family}_training.jinja").read_text(encoding="utf-8")
+    turns = CONVERSATIONS[conversation]
+    oracle = tokenizer.apply_chat_template(
+        list(make_messages(turns)),
+        chat_template=training,
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+        tokenize=True,
+    )
+    expected_text, expected = spell(tokenizer, oracle["input_ids"], oracle["assistant_masks"])
+    # Two differences are meant. Theirs learns the line break behind the terminator (and for Phi-3 the eos behind that),
+    # which inference never reaches; for Qwen2.5 also the line break that the generation prompt ends with. Both are taken
+    # off here. Texts are compared by character, since ours never lets a token straddle prompt and answer.
+    position = 0
+    while (position := expected_text.find(end, position)) >= 0:
+        position += len(end)
+        behind = position
+        while behind < len(expected) and expected[behind]:
+            expected[behind] = False
+            behind += 1
+    for start in range(1, len(expected)):
+        if expected[start] and not expected[start - 1] and expected_text[start] == "\n":
+            expected[start] = False
+    encoded = TokenizerUtils(tokenizer).encode_example(make_example(turns))
+    text, learned = spell(tokenizer, encoded.input_ids, encoded.loss_mask)
+    assert expected_text.startswith(text)
+    assert expected_text[len(text) :] in ("", "\n", f"\n{tokenizer.eos_token}")
+    assert learned == expected[: len(learned)]
+    assert sum(learned) == sum(expected) > 0
+    if family in ("phi3", "qwen2_5", "gemma"):  # one line break before the answer: the tokens must be the same, too
+        assert encoded.input_ids.tolist() == oracle["input_ids"][: len(encoded.input_ids)]
+
+
+@NEEDS_TRL
+@pytest.mark.parametrize("conversation", PROMPTED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prompt_is_the_beginning_of_the_example_and_nothing_of_it_is_learned(
+    family_tokenizers: dict[str, Any], family: str, conversation: str
+) -> None:
+    if not supports(family, conversation):
+        pytest.skip("Gemma has no system role")
+    tools, example = TokenizerUtils(family_tokenizers[family], loss_on="last"), make_example(PROMPTED[conversation])
+    prompt, encoded = tools.encode_prompt(example.prompt), tools.encode_example(example)
+    assert encoded.input_ids[: len(prompt)].tolist() == prompt.tolist()
+    assert not encoded.loss_mask[: len(prompt)].any()
+    assert encoded.loss_mask[len(prompt) :].all()
+
+
+@pytest.mark.parametrize("conversation", PROMPTED)
+@pytest.mark.parametrize("template", ["auto", "chatml", "raw", "alpaca"])
+def test_the_prompt_is_the_beginning_of_the_example_under_our_own_templates(
+    tokenizer: Any, template: str, conversation: str
+) -> None:
+    tools, example = TokenizerUtils(tokenizer, template=template, loss_on="last"), make_example(PROMPTED[conversation])
+    prompt, encoded = tools.encode_prompt(example.prompt), tools.encode_example(example)
+    assert encoded.input_ids[: len(prompt)].tolist() == prompt.tolist()
+    assert encoded.loss_mask.tolist() == [False] * len(prompt) + [True] * (len(encoded.input_ids) - len(prompt))
+
+
+@NEEDS_TRL
+@pytest.mark.parametrize("conversation", PROMPTED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_learned_turn_is_its_answer_and_its_terminator(
+    family_tokenizers: dict[str, Any], family: str, conversation: str
+) -> None:
+    if not supports(family, conversation):
+        pytest.skip("Gemma has no system role")
+    tokenizer, end, turns = family_tokenizers[family], FAMILIES[family][3], PROMPTED[conversation]
+    runs = find_learned(tokenizer, TokenizerUtils(tokenizer).encode_example(make_example(turns)))
+    answers = [content for role, content in turns if role == "assistant"]
+    assert len(runs) == len(answers)
+    for run, answer in zip(runs, answers, strict=True):
+        assert run.endswith(end)
+        learned = run.removesuffix(end).replace("<think>\n\n</think>\n\n", "")
+        assert learned.strip() == answer.strip()
+        assert end not in learned
+
+
+@NEEDS_TRL
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_generation_stops_at_the_terminator_and_at_eos(family_tokenizers: dict[str, Any], family: str) -> None:
+    tokenizer, (_, _, eos, end) = family_tokenizers[family], FAMILIES[family]
+    assert set(TokenizerUtils(tokenizer).find_stop_ids()) == set(tokenizer.convert_tokens_to_ids([eos, end]))
+
+
+@NEEDS_TRL
+@pytest.mark.parametrize("family", ["llama3", "llama3_2", "phi3", "gemma"])
+@pytest.mark.parametrize("template", ["auto", "raw", "alpaca"])
+def test_there_is_exactly_one_bos_whether_or_not_the_template_writes_it(
+    family_tokenizers: dict[str, Any], family: str, template: str
+) -> None:
+    tokenizer = family_tokenizers[family]
+    tools = TokenizerUtils(tokenizer, template=template)
+    encoded = tools.encode_example(make_example(MULTI))
+    for ids in (encoded.input_ids, tools.encode_prompt(make_messages(MULTI[:-1]))):
+        assert ids[0] == tokenizer.bos_token_id
+        assert (ids == tokenizer.bos_token_id).sum() == 1
+    assert not encoded.loss_mask[0]
+
+
+@NEEDS_TRL
+def test_raw_text_gets_the_bos_that_its_tokenizer_adds(family_tokenizers: dict[str, Any]) -> None:
+    tokenizer = family_tokenizers["llama3"]
+    encoded = TokenizerUtils(tokenizer).encode_example(read({"text": "Once upon a time"}))
+    assert encoded.input_ids[:-1].tolist() == tokenizer("Once upon a time").input_ids
+    assert encoded.input_ids[-1] == tokenizer.eos_token_id
+    assert encoded.loss_mask.tolist() == [False] + [True] * (len(encoded.input_ids) - 1)
+
+
+def test_the_models_own_template_is_encoded_as_transformers_does(tokenizer: Any) -> None:
+    encoded = TokenizerUtils(tokenizer).encode_example(make_example(MULTI))
+    expected = tokenizer.apply_chat_template(list(make_messages(MULTI)), tokenize=True, return_dict=True)["input_ids"]
+    assert encoded.input_ids.tolist() == expected[:-1]
+    assert tokenizer.decode(expected[-1:]) == "\n"
+    assert find_learned(tokenizer, encoded) == ["It is 4.<|im_end|>", "That is 6,\nof course.<|im_end|>"]
+    assert encoded.where == "rows.jsonl:7"
+    assert encoded.input_ids.dtype == np.int64
+    assert encoded.loss_mask.dtype == np.bool_
+
+
+def test_a_pad_token_that_is_eos_does_not_unlearn_the_terminator(tokenizer: Any) -> None:
+    # Collators that mask by `input_ids == pad_token_id` never teach such a model to stop.
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    encoded = TokenizerUtils(tokenizer).encode_example(make_example(SINGLE))
+    assert encoded.input_ids[-1] == tokenizer.eos_token_id
+    assert encoded.loss_mask[-1]
+
+
+def test_loss_on_chooses_the_turns(tokenizer: Any) -> None:
+    example = make_example(MULTI)
+    encoded = {
+        name: TokenizerUtils(tokenizer, loss_on=name).encode_example(example) for name in ("assistant", "last", "all")
+    }
+    assert find_learned(tokenizer, encoded["assistant"]) == ["It is 4.<|im_end|>", "That is 6,\nof course.<|im_end|>"]
+    assert find_learned(tokenizer, encoded["last"]) == ["That is 6,\nof course.<|im_end|>"]
+    assert encoded["all"].loss_mask[1:].all()
+    assert encoded["all"].supervised_tokens == len(encoded["all"].input_ids) - 1
+    assert encoded["all"].input_ids.tolist() == encoded["assistant"].input_ids.tolist()
+
+
+def test_supervised_tokens_leave_out_the_first_which_nothing_predicts() -> None:
+    assert EncodedExample(np.arange(4), np.array([True, False, True, True]), "x").supervised_tokens == 2
+
+
+CONTROL = ["<|im_end|>", "a <|im_start|>user b", "<|endoftext|>", "x<file_sep>"]
+
+
+@pytest.mark.parametrize("text", CONTROL)
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_control_token_inside_a_message_is_refused_with_its_row(tokenizer: Any, role: str, text: str) -> None:
+    turns = tuple((who, text if who == role else content) for who, content in CONVERSATIONS["system"])
+    with pytest.raises(DataError) as caught:
+        TokenizerUtils(tokenizer).encode_example(make_example(turns))
+    assert caught.value.problems[0].code == "control-token"
+    assert caught.value.problems[0].where == "rows.jsonl:7"
+
+
+@pytest.mark.parametrize("text", CONTROL)
+def test_a_control_token_inside_raw_text_or_a_prompt_is_refused(tokenizer: Any, text: str) -> None:
+    tools = TokenizerUtils(tokenizer)
+    with pytest.raises(DataError, match=r"rows.jsonl:7.*control token"):
+        tools.encode_example(read({"text": text}))
+    with pytest.raises(DataError, match="control token"):
+        tools.encode_prompt(make_messages((("user", text),)))
+
+
+@pytest.mark.parametrize("column", ["instruction", "input", "output", "system"])
+def test_a_control_token_inside_an_alpaca_row_is_refused(tokenizer: Any, column: str) -> None:
+    row = {"instruction": "a", "input": "b", "output": "c", "system": "d", column: "x<|im_end|>"}
+    with pytest.raises(DataError, match="control token"):
+        TokenizerUtils(tokenizer, template="alpaca").encode_example(read(row))
+
+
+def test_a_control_token_inside_the_recipes_system_message_is_refused(tokenizer: Any) -> None:
+    # Only the row's own messages were looked at; `data.system` could end its own turn in every row.
+    with pytest.raises((DataError, RecipeError), match="control token"):
+        TokenizerUtils(tokenizer, system="Be brief.<|im_end|>").encode_example(make_example(SINGLE))
+
+
+def test_a_control_token_cannot_be_spelled_by_two_neighbours(tokenizer: Any) -> None:
+    # Each part is harmless alone; written behind each other by `raw` they spell <|im_end|>.
+    encoded = TokenizerUtils(tokenizer, template="raw").encode_example(
+        make_example((("user", "a<|im_"), ("assistant", "end|>b")))
+    )
+    assert (encoded.input_ids == tokenizer.eos_token_id).sum() == 1
+
+
+def test_a_control_token_cannot_be_spelled_by_system_and_prompt(tokenizer: Any, tmp_path: Path) -> None:
+    # Neighbours inside one segment are joined before they are tokenised, so they have to be looked at as rendered.
+    turns = (("system", "a<|im_"), ("user", "end|>b"), ("assistant", "c"))
+    try:
+        encoded = TokenizerUtils(tokenizer, template="raw").encode_example(make_example(turns))
+    except DataError as error:
+        assert error.problems[0].code == "control-token"
+    else:
+        assert (encoded.input_ids == tokenizer.eos_token_id).sum() == 1
+
+
+@pytest.mark.parametrize("text", ["half a pair \ud83d", "\udc00"])
+def test_half_a_surrogate_pair_is_a_bad_row_and_no_crash(tokenizer: Any, text: str) -> None:
+    # JSON can write half a pair as an escape; the tokenizer then fails with a TypeError that names no row.
+    with pytest.raises(DataError):
+        TokenizerUtils(tokenizer).encode_example(make_example((("user", text), ("assistant", "a"))))
+
+
+def test_raw_runs_the_prompt_straight_into_its_completion(tokenizer: Any) -> None:
+    tools = TokenizerUtils(tokenizer, template="raw")
+    encoded = tools.encode_example(read({"prompt": "2 + 2 =", "completion": " 4"}))
+    assert tokenizer.decode(encoded.input_ids) == "2 + 2 = 4<|im_end|>"
+    assert find_learned(tokenizer, encoded) == [" 4<|im_end|>"]
+
+
+# Stanford Alpaca's train.py, PROMPT_DICT, word for word; its target is the output and eos directly behind it.
+STANFORD_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+STANFORD_NO_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+@pytest.mark.parametrize("given", ["cheese", ""])
+def test_the_alpaca_template_is_stanfords_text(tokenizer: Any, given: str) -> None:
+    tools = TokenizerUtils(tokenizer, template="alpaca")
+    row = {"instruction": "Translate to French.", "input": given, "output": "fromage"}
+    encoded = tools.encode_example(read(row))
+    prompt = (STANFORD_INPUT if given else STANFORD_NO_INPUT).format_map(row)
+    # The line break behind «### Response:» is not in Stanford's train.py, but in its model's training data and in what
+    # everybody uses since, so it is allowed here; every other character must be Stanford's.
+    text = tokenizer.decode(encoded.input_ids)
+    assert text.replace("### Response:\n", "### Response:") == f"{prompt}fromage<|im_end|>"
+    assert find_learned(tokenizer, encoded) == ["fromage<|im_end|>"]
+
+
+def test_alpaca_rows_take_the_alpaca_template_where_there_is_no_chat_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    encoded = TokenizerUtils(tokenizer).encode_example(read({"instruction": "Sing.", "output": "La"}))
+    assert tokenizer.decode(encoded.input_ids).startswith("Below is an instruction that describes a task. Write")
+
+
+def test_completions_take_the_raw_template_where_there_is_no_chat_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    encoded = TokenizerUtils(tokenizer).encode_example(read({"prompt": "2 + 2 =", "completion": " 4"}))
+    assert tokenizer.decode(encoded.input_ids) == "2 + 2 = 4<|im_end|>"
+
+
+def test_strategy_standard_sets_the_chat_template_aside(tokenizer: Any) -> None:
+    tools = TokenizerUtils(tokenizer, strategy="standard")
+    assert tools.strategy == "standard"
+    assert tools.render(make_messages(SINGLE), "prompt_completion") == "What is 2 + 2?It is 4.<|im_end|>"
+    assert TokenizerUtils(tokenizer).strategy == "chat"
+
+
+def test_chatml_writes_each_role_between_its_marks(tokenizer: Any) -> None:
+    tools = TokenizerUtils(tokenizer, template="chatml")
+    assert tools.render(make_messages(CONVERSATIONS["system"])) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n"
+        "<|im_start|>assistant\nIt is 4.<|im_end|>\n"
+    )
+    assert tools.render(make_messages(SINGLE[:1]), prompt=True) == (
+        "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_chatml_is_refused_for_a_tokenizer_without_its_tokens(model_folder: Path) -> None:
+    # <|im_end|> would fall apart into letters, and no single token would end a turn.
+    tokenizer = load_tokenizer(model_folder)
+    tools = TokenizerUtils(tokenizer, template="chatml")
+    tools._control_tokens = {0: "<|endoftext|>"}
+    with pytest.raises(DataError) as caught:
+        tools.encode_example(make_example(SINGLE))
+    assert caught.value.problems[0].code == "no-terminator"
+
+
+def write_template(tmp_path: Path, source: str) -> str:
+    path = tmp_path / "my.jinja"
+    path.write_text(source, encoding="utf-8")
+    return str(path)
+
+
+BEGINNING = "{% for m in messages %}<|im_start|>{{ m.role }}: "
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+
+
+def test_a_template_may_be_a_file(tokenizer: Any, tmp_path: Path) -> None:
+    path = write_template(tmp_path, BEGINNING + "{{ m.content }}<|im_end|>{% endfor %}" + PROMPT)
+    encoded = TokenizerUtils(tokenizer, template=path).encode_example(make_example(SINGLE))
+    assert tokenizer.decode(encoded.input_ids) == (
+        "<|im_start|>user: What is 2 + 2?<|im_end|><|im_start|>assistant: It is 4.<|im_end|>"
+    )
+    assert find_learned(tokenizer, encoded) == ["It is 4.<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["chatmll", "none.jinja", "../alpaca", ""])
+def test_an_unknown_template_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_template(name)
+    assert caught.value.problems[0].where == "data.template"
+    assert "alpaca, chatml, raw" in (caught.value.problems[0].fix or "")
+
+
+BAD_TEMPLATES = {
+    "hides the answer": (
+        BEGINNING + "{% if m.role == 'user' %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}",
+        "template-hides",
+    ),
+    "rewrites the answer": (BEGINNING + "{{ m.content | upper }}<|im_end|>{% endfor %}", "template-hides"),
+    "cuts the answer": (BEGINNING + "{{ m.content[:3] }}<|im_end|>{% endfor %}", "template-hides"),
+    "has no terminator": ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "no-terminator"),
+    "counts the messages first": (
+        "{{ messages | length }}" + BEGINNING + "{{ m.content }}<|im_end|>{% endfor %}",
+        "template-prefix",
+    ),
+    "begins an answer in another way than its prompt": (
+        "{% for m in messages %}<|im_start|>{{ 'bot' if m.role == 'assistant' else m.role }}: {{ m.content }}<|im_end|>{% endfor %}",
+        "template-prefix",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEMPLATES)
+def test_a_template_that_would_be_masked_wrongly_is_refused_with_the_row(
+    tokenizer: Any, tmp_path: Path, name: str
+) -> None:
+    source, code = BAD_TEMPLATES[name]
+    prompt = "{% if add_generation_prompt %}assistant: {% endif %}" if code == "no-terminator" else PROMPT
+    with pytest.raises(DataError) as caught:
+        TokenizerUtils(tokenizer, template=write_template(tmp_path, source + prompt)).encode_example(
+            make_example(SINGLE)
+        )
+    assert caught.value.problems[0].code == code
+    assert caught.value.problems[0].where == "rows.jsonl:7"
+
+
+def test_a_template_that_rewrites_history_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    # As reasoning templates do: an answer looks different as soon as another turn follows it.
+    source = (
+        BEGINNING
+        + "{% if m.role == 'assistant' and not loop.last %}(old){% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+    )
+    tools = TokenizerUtils(tokenizer, template=write_template(tmp_path, source + PROMPT))
+    tools.encode_example(make_example(SINGLE))
+    with pytest.raises(DataError):
+        tools.encode_example(make_example(MULTI))
+
+
+def test_a_template_that_ends_only_its_last_turn_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    # The first control token behind turn 1 is then the mark of the next user: learning it would teach the model to go on
+    # as the user, since generation does not stop there.
+    source = (
+        BEGINNING + "{{ m.content }}\n{% endfor %}" + PROMPT + "{% if not add_generation_prompt %}<|im_end|>{% endif %}"
+    )
+    tools = TokenizerUtils(tokenizer, template=write_template(tmp_path, source))
+    assert find_learned(tokenizer, tools.encode_example(make_example(SINGLE))) == ["It is 4.\n<|im_end|>"]
+    with pytest.raises(DataError):
+        tools.encode_example(make_example(MULTI))
+
+
+@pytest.mark.parametrize("source", ["{{ messages[0].nothing.at_all }}", "{% for %}", "{{ raise_exception('no') }}"])
+def test_a_template_that_fails_is_an_error_with_its_row(tokenizer: Any, tmp_path: Path, source: str) -> None:
+    with pytest.raises(DataError) as caught:
+        TokenizerUtils(tokenizer, template=write_template(tmp_path, source)).encode_example(make_example(SINGLE))
+    assert caught.value.problems[0].code == "template"
+    assert caught.value.problems[0].where == "rows.jsonl:7"
+
+
+@NEEDS_TRL
+def test_a_system_message_that_the_template_refuses_is_an_error_with_its_row(family_tokenizers: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"rows.jsonl:7.*System role not supported"):
+        TokenizerUtils(family_tokenizers["gemma"]).encode_example(make_example(CONVERSATIONS["system"]))
+
+
+def test_strategy_chat_without_a_chat_template_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(RecipeError) as caught:
+        TokenizerUtils(tokenizer, strategy="chat")
+    assert caught.value.problems[0].code == "no-chat-template"
+    assert "standard" in (caught.value.problems[0].fix or "")
+
+
+def test_the_recipes_system_message_comes_only_where_the_row_has_none(tokenizer: Any) -> None:
+    tools = TokenizerUtils(tokenizer, system="Talk like a pirate.")
+    without = tokenizer.decode(tools.encode_example(make_example(SINGLE)).input_ids)
+    assert without.startswith("<|im_start|>system\nTalk like a pirate.<|im_end|>\n<|im_start|>user\nWhat")
+    own = tokenizer.decode(tools.encode_example(make_example(CONVERSATIONS["system"])).input_ids)
+    assert own.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    assert "pirate" not in own
+    prompt = tokenizer.decode(tools.encode_prompt(make_messages(SINGLE[:1])))
+    assert without.startswith(prompt)
+
+
+def test_text_rows_are_learned_whole_and_end_with_eos(tokenizer: Any) -> None:
+    encoded = TokenizerUtils(tokenizer, system="ignored").encode_example(read({"text": "Once upon a time"}))
+    assert encoded.input_ids.tolist() == [*tokenizer("Once upon a time").input_ids, tokenizer.eos_token_id]
+    assert encoded.loss_mask.all()
+
+
+def make_encoded(mask: str) -> EncodedExample:
+    learned = np.array([sign == "x" for sign in mask])
+    return EncodedExample(np.arange(100, 100 + len(mask)), learned, "x:1")
+
+
+@pytest.mark.parametrize(
+    ("mask", "max_length", "expected"),
+    [
+        ("....xx", 6, range(6)),
+        ("....xx", 9, range(6)),
+        ("....xx", 5, range(1, 6)),
+        ("....xx", 3, range(3, 6)),  # the answer and the token that predicts its first one
+        ("....xx", 2, None),
+        (".x.xx", 4, None),  # the first learned turn would lose the token before it
+        ("..x.xx", 5, range(1, 6)),
+        ("xxxxxx", 4, range(4)),  # raw text: the end goes
+        (".xxxxx", 4, range(4)),  # raw text behind a BOS
+    ],
+)
+def test_a_long_example_loses_its_beginning_but_nothing_that_is_learned(
+    mask: str, max_length: int, expected: range | None
+) -> None:
+    encoded = make_encoded(mask)
+    fitted = fit_length(encoded, max_length)
+    if expected is None:
+        if mask == ".x.xx":  # learned from the second token on, so it cannot be told from raw text by the mask alone
+            assert fitted is None or fitted.supervised_tokens == encoded.supervised_tokens
+            return
+        assert fitted is None
+        return
+    assert fitted is not None
+    assert fitted.input_ids.tolist() == [100 + index for index in expected]
+    assert fitted.loss_mask.tolist() == [mask[index] == "x" for index in expected]
+    assert len(fitted.input_ids) <= max_length
+
+
+def test_truncating_a_conversation_keeps_every_learned_token(tokenizer: Any) -> None:
+    question = "Where is Oslo? " * 30
+    encoded = TokenizerUtils(tokenizer).encode_example(make_example((("user", question), ("assistant", "In Norway."))))
+    fitted = fit_length(encoded, 40)
+    assert fitted is not None
+    assert len(fitted.input_ids) == 40
+    assert fitted.supervised_tokens == encoded.supervised_tokens
+    assert find_learned(tokenizer, fitted) == ["In Norway.<|im_end|>"]
+    assert fit_length(encoded, encoded.supervised_tokens) is None
+
+
+def test_a_tokenizer_without_pad_gets_one_from_its_own_vocabulary(tokenizer: Any) -> None:
+    size, eos = len(tokenizer), tokenizer.eos_token_id
+    tokenizer.pad_token = None
+    ensure_pad_token(tokenizer)
+    assert tokenizer.pad_token == "<|endoftext|>"
+    assert len(tokenizer) == size
+    assert tokenizer.eos_token_id == eos
+
+
+def test_a_pad_token_that_is_there_is_kept(tokenizer: Any) -> None:
+    before = tokenizer.pad_token
+    ensure_pad_token(tokenizer)
+    assert tokenizer.pad_token == before
+
+
+def test_pad_falls_back_to_eos_where_no_reserved_token_is_left(tokenizer: Any) -> None:
+    tokenizer.pad_token, tokenizer.eos_token = None, "<|endoftext|>"
+    ensure_pad_token(tokenizer)
+    assert tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"tokenizer\.json") as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.exit_code == 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 3}'])
+def test_a_damaged_tokenizer_is_an_error_with_its_folder(tmp_path: Path, content: str) -> None:
+    from utils.exceptions import ModelLoadingError
+
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelLoadingError) as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.problems[0].where == str(tmp_path)
+
+
+def test_the_hash_of_a_template_changes_with_its_text(tokenizer: Any) -> None:
+    hashes = {TokenizerUtils(tokenizer, template=name).hash_template() for name in ("auto", "chatml", "alpaca", "raw")}
+    assert len(hashes) == 4
+
+
+def test_decoding_leaves_control_tokens_out(tokenizer: Any) -> None:
+    tools = TokenizerUtils(tokenizer)
+    assert tools.decode(tokenizer("It is 4.<|im_end|>").input_ids) == "It is 4."
+
+
+def test_encoding_does_not_import_torch(model_folder: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from utils.data_formats import Example
+from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
+messages = ({{"role": "user", "content": "a"}}, {{"role": "assistant", "content": "b"}})
+tools = TokenizerUtils(load_tokenizer(Path({str(model_folder)!r})))
+assert tools.encode_example(Example("messages", messages, None, "x:1", {{}})).supervised_tokens == 2
+tools.find_stop_ids()
+print(sorted(name for name in ("torch", "mlx.core", "tensorflow", "jax") if name in sys.modules))
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
