@@ -6,14 +6,14 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from config.foreign_names import FOREIGN_NAMES
 from config.structured_config import Recipe, RecipeRuleError
-from config.yaml_reader import KeyPath, YamlDocument, parse_yaml, read_yaml
+from config.yaml_reader import KeyPath, RecipeDumper, YamlDocument, parse_value, read_yaml
 from utils.exceptions import Problem, RecipeError
 
 SectionType = TypeVar("SectionType", bound=BaseModel)
@@ -44,6 +44,8 @@ class LoadedRecipe:
         parts = key.split(".")
         while parts:
             origin = self.origins.get(".".join(parts), "")
+            if origin == OVERRIDE:
+                return f"{OVERRIDE} {'.'.join(parts)}"
             if origin and origin != "default" and not origin.startswith("auto"):
                 return origin
             parts.pop()
@@ -72,6 +74,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     origins = {".".join(keys): f"{path}:{line}" for keys, line in document.lines.items() if keys}
     for override in overrides:
         origins[apply_override(document, override)] = OVERRIDE
+    refuse_empty_sections(document, path)
     try:
         recipe = Recipe(**document.values)
     except ValidationError as error:
@@ -81,14 +84,33 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     return LoadedRecipe(recipe, path, origins)
 
 
+def refuse_empty_sections(document: YamlDocument, path: Path) -> None:
+    """`lora:` with every line below it commented out would otherwise mean «train all weights»."""
+    sections = {key.split(".")[0] for key in iterate_schema_keys(Recipe) if "." in key}
+    problems = [
+        Problem(
+            "empty-section",
+            f"{name} is empty",
+            f"{path}:{document.lines.get((name,), 1)}",
+            "fill it, or remove the line",
+        )
+        for name, value in document.values.items()
+        if name in sections and value is None
+    ]
+    if problems:
+        raise RecipeError.from_problems(problems)
+
+
 def load_values(section: type[SectionType], document: YamlDocument, name: str) -> SectionType:
     """Validates one section on its own, with the same errors as in a recipe."""
     try:
         return section(**document.values.get(name, {}))
     except ValidationError as error:
-        details = error.errors()
-        keys = tuple(str(part) for part in details[0]["loc"][:1])
-        raise RecipeError.from_problems([explain_value((name, *keys), details[:1], f"{OVERRIDE} {name}")]) from None
+        problems = []
+        for detail in error.errors():
+            keys = (name, *(str(part) for part in detail["loc"][:1]))
+            problems.append(explain_value(keys, [detail], f"{OVERRIDE} {'.'.join(keys)}"))
+        raise RecipeError.from_problems(problems) from None
 
 
 def apply_override(document: YamlDocument, override: str) -> str:
@@ -99,7 +121,7 @@ def apply_override(document: YamlDocument, override: str) -> str:
         raise RecipeError(
             f"--set {override!r} is not section.key=value", fix="write --set training.epochs=2", code="override"
         )
-    value = parse_yaml(f"value: {text}", f"--set {key}").values["value"]
+    value = parse_value(text)
     section = document.values
     for name in keys[:-1]:
         inner = section.setdefault(name, {})
@@ -135,15 +157,24 @@ def translate_errors(
                 yield Problem("rule", violation.message, where, violation.fix)
         else:
             grouped.setdefault(trim_to_keys(detail["loc"], document.values, detail["type"]), []).append(detail)
-    for keys, details in sorted(grouped.items(), key=lambda item: document.lines.get(item[0], 0)):
-        where = find_place(keys, document, path, origins)
-        yield explain_value(keys, details, where)
+    found = [
+        explain_value(keys, details, find_place(keys, document, path, origins)) for keys, details in grouped.items()
+    ]
+    yield from sorted(found, key=lambda problem: find_line(problem.where))
+
+
+def find_line(where: str | None) -> int:
+    """The line of a `file:line`, or 0."""
+    line = (where or "").rpartition(":")[2]
+    return int(line) if line.isdigit() else 0
 
 
 def find_place(keys: KeyPath, document: YamlDocument, path: Path, origins: dict[str, str]) -> str:
     """The line of a key, or of the nearest section that exists in the file."""
-    if origins.get(".".join(keys)) == OVERRIDE:
-        return f"{OVERRIDE} {'.'.join(keys)}"
+    dotted = ".".join(keys)
+    for key, origin in origins.items():
+        if origin == OVERRIDE and (key == dotted or (keys not in document.lines and key.startswith(f"{dotted}."))):
+            return f"{OVERRIDE} {key}"
     while keys and keys not in document.lines:
         keys = keys[:-1]
     return f"{path}:{document.lines[keys]}"
@@ -235,7 +266,7 @@ def iterate_schema_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[s
     """Yields every key that a recipe may hold, sections included."""
     for name, info in schema.model_fields.items():
         yield f"{prefix}{name}"
-        for candidate in (info.annotation, *getattr(info.annotation, "__args__", ())):
+        for candidate in (info.annotation, *get_args(info.annotation)):
             if isinstance(candidate, type) and issubclass(candidate, BaseModel):
                 yield from iterate_schema_keys(candidate, f"{prefix}{name}.")
 
@@ -254,6 +285,9 @@ def format_resolved(loaded: LoadedRecipe) -> str:
     values = loaded.recipe.model_dump(mode="json")
     lines = [f"# Resolved from {loaded.path}. Every value names its origin."]
     for name, value in values.items():
+        if name == "lora" and value is None:
+            lines.append("# no lora section: all weights are trained")
+            continue
         if not isinstance(value, dict):
             lines.append(format_line(name, value, loaded.origins.get(name, "default"), indent=""))
             continue
@@ -279,5 +313,7 @@ def is_default_shadowed(recipe: Recipe, section: str, key: str) -> bool:
 
 def format_line(key: str, value: Any, origin: str, indent: str) -> str:
     """One `key: value  # origin` line in YAML flow style."""
-    text = yaml.safe_dump({key: value}, default_flow_style=True, width=10_000, allow_unicode=True).strip()[1:-1]
+    text = yaml.dump(
+        {key: value}, Dumper=RecipeDumper, default_flow_style=True, width=10_000, allow_unicode=True
+    ).strip()[1:-1]
     return f"{indent}{text}  # {origin}"

@@ -16,22 +16,43 @@ from utils.exceptions import Problem, RecipeError
 
 KeyPath = tuple[str, ...]
 MAX_BYTES = 1_000_000
-# YAML 1.2 floats: PyYAML follows 1.1, where the dot and the exponent's sign are required.
-FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*)?\.?[0-9]+(?:[eE][-+]?[0-9]+)$")
+# YAML 1.2's core schema. PyYAML follows 1.1, where 2e-4 is text, 010 is 8, 1:30 is 90, on is true and a date is an object.
+RESOLVERS = {
+    "tag:yaml.org,2002:null": (r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    "tag:yaml.org,2002:bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    "tag:yaml.org,2002:int": (r"^[-+]?[0-9]+$", list("-+0123456789")),
+    "tag:yaml.org,2002:float": (
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$",
+        list("-+.0123456789"),
+    ),
+}
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """SafeLoader that also reads `2e-4` as a number and `on`/`off`/`yes`/`no` as the words they are."""
+    """SafeLoader with YAML 1.2's scalars and without aliases, which could make a small file enormous."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - declared as an attribute of instances there
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuses aliases; everything else is PyYAML's."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed; write the value out", mark)
+        return super().compose_node(parent, index)
 
 
-# Resolvers are tried in order for the first character of a value: copy the table so that PyYAML's own stays untouched.
-RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:bool"]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+class RecipeDumper(yaml.SafeDumper):
+    """Quotes exactly what RecipeLoader would read as something other than text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - declared as an attribute of instances there
+
+
+for tag, (pattern, first_characters) in RESOLVERS.items():
+    for handler in (RecipeLoader, RecipeDumper):
+        handler.add_implicit_resolver(tag, re.compile(pattern), first_characters)
+RecipeLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+RecipeLoader.add_constructor(
+    "tag:yaml.org,2002:float", lambda loader, node: float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
 )
 
 
@@ -122,3 +143,16 @@ def find_node_problems(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]
         lines[here] = key_node.start_mark.line + 1
         problems += find_node_problems(value_node, here, lines, name)
     return problems
+
+
+def parse_value(text: str) -> Any:
+    """Reads the value of one `--set`: YAML where that gives a number, a list or the like, else the text as it stands.
+
+    A `#` or a line break inside a sentence belongs to the sentence.
+    """
+    try:
+        value = RecipeLoader(text).get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+    quoted = text.strip()[:1] in ("'", '"')
+    return text if isinstance(value, str) and not quoted else value

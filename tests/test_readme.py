@@ -1,6 +1,7 @@
 """What the documents tell people to type and to open exists."""
 
 import functools
+import itertools
 import re
 import shlex
 import subprocess
@@ -33,9 +34,9 @@ def list_commands(name: str) -> list[list[str]]:
     found = []
     for block in FENCE.findall(read_document(name)):
         for line in block.replace("\\\n", " ").splitlines():
-            for part in re.split(r"\s(?:&&|;|\|)\s", line.strip().removeprefix("$ ")):
-                if part.startswith(("make ", *(f"{python} " for python in PYTHONS))):
-                    found.append(shlex.split(part, comments=True))
+            parts = re.split(r"\s(?:&&|;|\|)\s", line.strip().removeprefix("$ "))
+            starts = ("make ", *(f"{python} " for python in PYTHONS))
+            found += [shlex.split(part, comments=True) for part in parts if part.startswith(starts)]
     return found
 
 
@@ -73,7 +74,7 @@ def check_options(script: Path, words: list[str]) -> None:
         if word.startswith("--"):
             option = word.partition("=")[0]
             assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", read_help(script)), f"{script.name} {option}"
-    pairs = list(zip(words, words[1:], strict=False))
+    pairs = list(itertools.pairwise(words))
     recipe = next((value for option, value in pairs if option == "--recipe"), None)
     if recipe is not None and (ROOT / recipe).is_file():
         load_recipe(ROOT / recipe, [value for option, value in pairs if option == "--set"])
@@ -96,7 +97,7 @@ def test_every_command_that_is_shown_exists(name: str) -> None:
 
 @EVERY_DOCUMENT
 def test_every_recipe_that_is_named_exists(name: str) -> None:
-    examples = {"recipes/my.yaml", "recipes/x.yaml", "recipes/mine.yaml", "recipes/my_task.yaml"}  # to be made by the reader
+    examples = {"recipes/my.yaml", "recipes/mine.yaml", "recipes/my_task.yaml"}  # the reader makes these
     named = set(RECIPE_PATH.findall(read_document(name))) - examples
     assert {path for path in named if not (ROOT / path).is_file()} == set()
 

@@ -1,6 +1,7 @@
 """Every shipped recipe is what its header says, and trains end to end on a small model of its architecture."""
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -102,7 +103,7 @@ def test_the_header_shows_a_command_for_this_very_recipe_that_exists(path: Path)
         for option in [word for word in words if word.startswith("--")]:
             assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", read_help(script)), option
         assert words[words.index("--recipe") + 1] == f"recipes/{path.name}"
-        overrides = [value for option, value in zip(words, words[1:], strict=False) if option == "--set"]
+        overrides = [value for option, value in itertools.pairwise(words) if option == "--set"]
         load_recipe(path, overrides)
 
 

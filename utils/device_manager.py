@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from utils.exceptions import MachineError
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -74,7 +75,7 @@ class DeviceManager:
                 torch.set_num_threads(1)
                 reasons.append("1 thread for each operation: more are not quicker here")
             self.keep_freed_pages()
-        return MachinePlan(device, self.name_device(device), getattr(torch, dtype), workers, tuple(reasons))
+        return MachinePlan(device, self.name_device(device), DTYPES[dtype], workers, tuple(reasons))
 
     @staticmethod
     def find_device() -> str:
@@ -95,7 +96,7 @@ class DeviceManager:
     @staticmethod
     def count_workers() -> int:
         """Cores that this process may run on, but no more than micro-batches usually are."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         return max(1, min(cores, 8))
 
     @staticmethod

@@ -30,6 +30,7 @@ class SecretFilter(logging.Filter):
     """Replaces the values of secret environment variables, and what looks like a token, in every line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Called by logging for every line; keeps it, cleaned."""
         record.msg, record.args = hide_secrets(record.getMessage()), ()
         return True
 

@@ -175,11 +175,15 @@ def check_lora_targets(loaded: LoadedRecipe, modules: Sequence[str]) -> None:
     lora = loaded.recipe.lora
     if lora is None or isinstance(lora.target_modules, str) or not modules:
         return
-    for target in lora.target_modules:
-        if target.rsplit(".", 1)[-1] not in modules:
-            fix = f"modules here: {', '.join(modules)}; or target_modules: all-linear"
-            message = f"no module of {loaded.recipe.model.name} is called {target!r}"
-            raise RecipeError(message, where=loaded.find_origin("lora.target_modules"), fix=fix, code="lora-target")
+    fix = f"modules here: {', '.join(modules)}; or target_modules: all-linear"
+    where = loaded.find_origin("lora.target_modules")
+    problems = [
+        Problem("lora-target", f"no module of {loaded.recipe.model.name} is called {target!r}", where, fix)
+        for target in lora.target_modules
+        if target.rsplit(".", 1)[-1] not in modules
+    ]
+    if problems:
+        raise RecipeError.from_problems(problems)
 
 
 def plan_run(recipe: Recipe, rows: int) -> RunPlan:

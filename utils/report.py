@@ -199,9 +199,15 @@ def plot_comparison(evaluation: Evaluation, target: Path) -> None:
     above = [max(0.0, high - value) for value, high in zip(values, highs, strict=True)]
     figure, axes = open_figure(4.5, 4)
     bars = axes.bar(["before", "after"], values, yerr=[below, above], capsize=6, color=[BEFORE, AFTER])
-    axes.bar_label(
-        bars, [format_value(name, row.base), format_value(name, row.tuned)], label_type="center", color="white"
-    )
-    axes.set(title=TITLES[name], ylim=(0, 100) if name in BINARY else (0, None))
+    for bar, value, high in zip(bars, (row.base, row.tuned), highs, strict=True):
+        axes.annotate(
+            format_value(name, value),
+            (bar.get_x() + bar.get_width() / 2, high),
+            ha="center",
+            va="bottom",
+            xytext=(0, 3),
+            textcoords="offset points",
+        )
+    axes.set(title=TITLES[name], ylim=(0, 108) if name in BINARY else (0, None))
     axes.set_ylabel("%" if name in BINARY else "")
     figure.savefig(target, dpi=120)

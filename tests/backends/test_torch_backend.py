@@ -74,8 +74,8 @@ def collect_gradients(
 
 def test_our_loss_and_gradients_equal_those_of_trl_on_the_same_batch(tiny_llama: Path, tmp_path: Path) -> None:
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
     from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
 
     recipe = make_recipe(tiny_llama)
     model = load_trainable(tiny_llama, recipe)
@@ -218,7 +218,7 @@ def test_a_number_that_is_not_finite_stops_before_the_weights_change(tiny_llama:
         parameter[0, 0] = float("inf")
     before = {name: p.detach().clone() for name, p in model.network.named_parameters() if p.requires_grad}
     step = torch_backend.make_step(model, recipe)
-    with pytest.raises(TrainingError, match="nan|inf"):
+    with pytest.raises(TrainingError, match=r"nan|inf"):
         step.step([pad_rows(make_examples(UNEVEN), PAD)], 1e-3)
     after = dict(model.network.named_parameters())
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -297,7 +297,7 @@ def test_an_adapter_of_another_shape_is_refused(tiny_llama: Path, embedded: Mode
 def test_a_target_that_matches_nothing_is_refused_even_beside_one_that_matches(tiny_llama: Path) -> None:
     # peft accepts a list of which one name matches and silently trains only that one.
     recipe = make_recipe(tiny_llama, lora={"target_modules": ["q_proj", "query"]})
-    with pytest.raises(RecipeError, match="query.*modules here.*q_proj"):
+    with pytest.raises(RecipeError, match=r"query.*modules here.*q_proj"):
         load_trainable(tiny_llama, recipe)
 
 

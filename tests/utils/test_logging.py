@@ -1,0 +1,133 @@
+"""Lines in a log file carry date and level, and no secret gets into them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from utils.logging import HIDDEN, NAME, add_log_file, get_logger, hide_secrets
+
+ROOT = Path(__file__).resolve().parents[2]
+SECRET = "correct-horse-battery"
+
+
+@pytest.fixture
+def log_file(tmp_path: Path) -> Iterator[Path]:
+    """A log file behind the project's logger, which is put back as it was."""
+    logger, captured = get_logger(), logging.getLogger("py.warnings")
+    before = logger.level, captured.propagate
+    logger.setLevel("INFO")
+    handler = add_log_file(tmp_path / "log.txt")
+    yield tmp_path / "log.txt"
+    logger.removeHandler(handler)
+    captured.removeHandler(handler)
+    logging.captureWarnings(False)
+    handler.close()
+    logger.level, captured.propagate = before
+
+
+def test_lines_are_plain_with_date_and_level(log_file: Path) -> None:
+    get_logger().info("Step %d: loss %.2f, 50 %% done", 3, 1.5)
+    get_logger().warning("Größe 🎵")
+    get_logger().debug("not asked for")
+    first, second = log_file.read_text(encoding="utf-8").splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO Step 3: loss 1\.50, 50 % done", first)
+    assert second.endswith(" WARNING Größe 🎵")
+
+
+def test_warnings_of_libraries_reach_the_file(log_file: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("something is odd", UserWarning, stacklevel=1)
+    assert "UserWarning: something is odd" in log_file.read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "MY_API_KEY", "wandb_api_key", "DB_PASSWORD", "CLIENT_SECRET_2", "AWS_CREDENTIALS"]
+)
+def test_the_value_of_a_secret_variable_is_hidden_in_the_file(
+    log_file: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, SECRET)
+    get_logger().info("in the text: %s", f"https://user:{SECRET}@host/")
+    get_logger().warning("as it is: " + SECRET)
+    text = log_file.read_text()
+    assert SECRET not in text
+    assert f"https://user:{HIDDEN}@host/" in text
+
+
+@pytest.mark.parametrize(
+    "token", ["hf_" + "aB3" * 10, "sk-" + "aB3" * 10, "sk-proj-" + "a_B-3" * 8, "0123456789abcdef" * 2 + "01234567"]
+)
+def test_what_looks_like_a_token_is_hidden_without_any_variable(log_file: Path, token: str) -> None:
+    get_logger().info("Login with %s failed (%s)", token, {"token": token})
+    text = log_file.read_text()
+    assert token not in text
+    assert text.count(HIDDEN) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["hf_hub", "task-specific", "step-100", "sha 0123abcd", "a" * 39 + "g", "b" * 64, "loss 0.1234567"]
+)
+def test_plain_words_and_numbers_are_not_hidden(text: str) -> None:
+    assert hide_secrets(text) == text
+
+
+def test_short_and_harmless_variables_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("MY_FOLDER", "/some/long/folder")
+    assert hide_secrets("false /some/long/folder") == "false /some/long/folder"
+
+
+def test_a_secret_that_begins_like_another_is_hidden_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Values were replaced in the order of the environment: the shorter one first, so the longer one's end was printed.
+    monkeypatch.setenv("A_TOKEN", "correct-horse")
+    monkeypatch.setenv("B_TOKEN", "correct-horse-battery-staple")
+    assert hide_secrets("x correct-horse-battery-staple y") == f"x {HIDDEN} y"
+
+
+def test_a_secret_in_a_traceback_is_hidden(log_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The filter looked at the message only; the handler then adds the traceback, which quotes the error.
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    try:
+        raise ValueError(f"401 for https://user:{SECRET}@host/")
+    except ValueError:
+        get_logger().exception("The request failed")
+    text = log_file.read_text()
+    assert "The request failed" in text
+    assert SECRET not in text
+
+
+def test_the_terminal_gets_plain_lines_without_secrets_and_once_each() -> None:
+    code = (
+        "from utils.logging import get_logger, set_up_logging\n"
+        "set_up_logging(); set_up_logging()\n"
+        "get_logger().info('Hello %s', 'correct-horse-battery')\n"
+        "get_logger().debug('quiet')\n"
+    )
+    environment = {**os.environ, "HF_TOKEN": SECRET}
+    environment.pop("TUNEBOOK_LOG_LEVEL", None)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == ""
+    assert re.fullmatch(r"\d\d:\d\d:\d\d INFO Hello \[hidden\]\n", done.stderr)
+
+
+def test_the_level_can_be_set_in_the_environment() -> None:
+    code = "from utils.logging import get_logger, set_up_logging\nset_up_logging()\nget_logger().debug('fine detail')\n"
+    environment = {**os.environ, "TUNEBOOK_LOG_LEVEL": "debug"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30, check=True)
+    assert "DEBUG fine detail" in done.stderr
+
+
+def test_the_logger_has_the_projects_name() -> None:
+    assert get_logger().name == NAME == "tunebook"
