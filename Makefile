@@ -5,7 +5,7 @@ RUN ?=
 ARGS ?=
 PY := .venv/bin/python
 RUN_OPTION := $(if $(RUN),--run $(RUN))
-.PHONY: setup setup-dev demo test lint train validate baseline infer merge evaluate data clean help
+.PHONY: setup setup-dev demo test lint train validate baseline infer merge evaluate data reference clean help
 
 help:  ## show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,5 +34,7 @@ evaluate: setup  ## before/after report of the latest run, or of RUN
 	@$(PY) scripts/evaluate_run.py $(RUN_OPTION) $(ARGS)
 data: setup  ## generate the shipped text-to-SQL rows anew
 	@$(PY) data/text_to_sql/generate.py
+reference: setup  ## write docs/recipe_reference.md and the JSON Schema anew
+	@$(PY) scripts/write_reference.py
 clean:  ## remove .venv and caches; runs in outputs/ stay
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis && find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loaded = load_recipe(options.recipe, options.overrides)
 
     from utils.backends import load_backend
-    from utils.inference import answer_with_base, encode_prompts, make_settings
+    from utils.inference import Responder, encode_prompts, make_settings
     from utils.metrics import BINARY, TITLES, format_value, score_answers
     from utils.model_source import find_model
     from utils.preflight import check_recipe, select_conversations
@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = backend.load_model(source, recipe)
     prompts = encode_prompts(preflight.tokenizer, examples)
     settings = make_settings(preflight.tokenizer, recipe.generation)
-    size = recipe.evaluation.batch_size
-    answers = answer_with_base(backend, model, source, preflight.tokenizer, prompts, settings, batch_size=size)
+    responder = Responder(backend, model, preflight.tokenizer, settings, recipe.evaluation.batch_size)
+    answers = responder.answer_as_base(source, prompts)
     for example, answer in list(zip(examples, answers, strict=True))[: options.show]:
         print(
             f"\n{example.where}\n{example.prompt[-1]['content']}\n  answer:    {answer}\n  reference: {example.answer}"

@@ -42,9 +42,9 @@ def add_run_argument(parser: argparse._ActionsContainer) -> None:
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Runs a script: loads `.env`, prints errors as lines with a fix, and exits with the documented code."""
-    load_environment()
-    set_up_logging()
     try:
+        load_environment()
+        set_up_logging()
         code = main(None) or 0
     except TunebookError as error:
         report_error(error, as_json="--json" in sys.argv)

@@ -80,11 +80,16 @@ class DeviceManager:
     @staticmethod
     def find_device() -> str:
         """The best device that torch can use here; TUNEBOOK_DEVICE overrides it."""
+        usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        here = [device for device, works in usable.items() if works]
         if asked := os.environ.get("TUNEBOOK_DEVICE"):
+            if asked not in here:
+                fix = f"set it to one of {', '.join(here)}, or leave it out"
+                raise MachineError(
+                    f"{asked!r} cannot be used here", where="TUNEBOOK_DEVICE", fix=fix, code="environment"
+                )
             return asked
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
+        return here[0]
 
     @staticmethod
     def name_device(device: str) -> str:

@@ -9,7 +9,7 @@ from config.recipe_io import LoadedRecipe
 from config.structured_config import MetricName, Recipe
 from utils.backends import Backend
 from utils.exceptions import DataError
-from utils.inference import answer_prompts, answer_with_base, encode_prompts, make_settings
+from utils.inference import Responder, encode_prompts, make_settings
 from utils.methods.sft import make_evaluation_batches
 from utils.metrics import BINARY, LOWER_IS_BETTER, Comparison, compare_losses, compare_scores, score_answers
 from utils.model_source import ModelSource
@@ -93,15 +93,11 @@ def measure(
     if any(name in BINARY for name in metrics):
         prompts = encode_prompts(preflight.tokenizer, preflight.data.evaluation_examples)
         settings = make_settings(preflight.tokenizer, recipe.generation)
+        responder = Responder(backend, model, preflight.tokenizer, settings, size)
         if base_source:
-            answers = answer_with_base(
-                backend, model, base_source, preflight.tokenizer, prompts, settings, batch_size=size
-            )
+            answers = responder.answer_as_base(base_source, prompts)
         else:
-            title = "Answers of the trained model"
-            answers = answer_prompts(
-                backend, model, preflight.tokenizer, prompts, settings, batch_size=size, title=title
-            )
+            answers = responder.answer(prompts, "Answers of the trained model")
     return losses, answers
 
 

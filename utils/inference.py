@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from utils.backends import Backend, GenerationSettings
 from utils.batching import pad_prompts_left
 from utils.data_formats import Example
 from utils.data_loading import iterate_batches
+from utils.logging import get_logger
 from utils.model_source import ModelSource, get_cache_folder
 from utils.progress import Progress
 from utils.run_folder import write_text_atomically
@@ -34,32 +36,50 @@ def encode_prompts(tokenizer: TokenizerUtils, examples: Sequence[Example]) -> li
     return [tokenizer.encode_prompt(example.prompt, example.format) for example in examples]
 
 
-def answer_prompts(
-    backend: Backend,
-    model: Any,
-    tokenizer: TokenizerUtils,
-    prompts: Sequence[Ids],
-    settings: GenerationSettings,
-    *,
-    batch_size: int,
-    title: str,
-) -> list[str]:
-    """Answers every prompt, in order.
+@dataclass(frozen=True)
+class Responder:
+    """A loaded model with all that is needed to answer prompts."""
 
-    Prompts of like length share a batch, longest first: little padding, and a batch that is too large for the memory
-    fails at once instead of at the end.
-    """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    batches = [
-        pad_prompts_left([prompts[index] for index in group], settings.pad_id)
-        for group in iterate_batches(order, batch_size)
-    ]
-    with Progress(title, len(prompts), "answers") as progress:
-        generated = backend.generate(model, batches, settings, progress.advance)
-    answers = [""] * len(prompts)
-    for index, ids in zip(order, generated, strict=True):
-        answers[index] = tokenizer.decode(ids).strip()
-    return answers
+    backend: Backend
+    model: Any
+    tokenizer: TokenizerUtils
+    settings: GenerationSettings
+    batch_size: int
+
+    def answer(self, prompts: Sequence[Ids], title: str) -> list[str]:
+        """Answers every prompt, in order.
+
+        Prompts of like length share a batch, longest first: little padding, and a batch that is too large for the memory
+        fails at once instead of at the end.
+        """
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+        batches = [
+            pad_prompts_left([prompts[index] for index in group], self.settings.pad_id)
+            for group in iterate_batches(order, self.batch_size)
+        ]
+        with Progress(title, len(prompts), "answers") as progress:
+            generated = self.backend.generate(self.model, batches, self.settings, progress.advance)
+        answers = [""] * len(prompts)
+        for index, ids in zip(order, generated, strict=True):
+            answers[index] = self.tokenizer.decode(ids).strip()
+        return answers
+
+    def answer_as_base(self, source: ModelSource, prompts: Sequence[Ids]) -> list[str]:
+        """The untouched model's answers, read from the cache where the same question was asked before.
+
+        Sampled answers are never cached: they are meant to differ.
+        """
+        facts = self.backend.describe_machine(self.model)
+        path = find_baseline_file(source, prompts, self.settings, f"{facts.device_name} {facts.dtype}")
+        greedy = self.settings.generation.temperature == 0
+        if greedy and path.is_file():
+            get_logger().info("Answers of the untouched model: read from %s", path)
+            return list(json.loads(path.read_text(encoding="utf-8")))
+        answers = self.answer(prompts, "Answers of the untouched model")
+        if greedy:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(path, json.dumps(answers, ensure_ascii=False))
+        return answers
 
 
 def find_baseline_file(source: ModelSource, prompts: Sequence[Ids], settings: GenerationSettings, machine: str) -> Path:
@@ -69,31 +89,3 @@ def find_baseline_file(source: ModelSource, prompts: Sequence[Ids], settings: Ge
     for prompt in prompts:
         digest.update(prompt.tobytes() + b"|")
     return get_cache_folder() / "baselines" / f"{digest.hexdigest()[:32]}.json"
-
-
-def answer_with_base(
-    backend: Backend,
-    model: Any,
-    source: ModelSource,
-    tokenizer: TokenizerUtils,
-    prompts: Sequence[Ids],
-    settings: GenerationSettings,
-    *,
-    batch_size: int,
-) -> list[str]:
-    """The untouched model's answers, read from the cache where the same question was asked before.
-
-    Sampled answers are never cached: they are meant to differ.
-    """
-    facts = backend.describe_machine(model)
-    path = find_baseline_file(source, prompts, settings, f"{facts.device_name} {facts.dtype}")
-    greedy = settings.generation.temperature == 0
-    if greedy and path.is_file():
-        return list(json.loads(path.read_text(encoding="utf-8")))
-    answers = answer_prompts(
-        backend, model, tokenizer, prompts, settings, batch_size=batch_size, title="Answers of the untouched model"
-    )
-    if greedy:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(path, json.dumps(answers, ensure_ascii=False))
-    return answers

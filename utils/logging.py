@@ -9,7 +9,10 @@ import sys
 import warnings
 from pathlib import Path
 
+from utils.exceptions import MachineError
+
 NAME = "tunebook"
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 QUIET = (
     "transformers",
     "peft",
@@ -52,7 +55,10 @@ def set_up_logging(level: str = "INFO") -> None:
     """Prepares terminal output and silences libraries; safe to call twice.
 
     Args:
-        level: DEBUG, INFO, WARNING or ERROR; also read from TUNEBOOK_LOG_LEVEL.
+        level: DEBUG, INFO, WARNING or ERROR; TUNEBOOK_LOG_LEVEL overrides it.
+
+    Raises:
+        MachineError: the environment names a level that does not exist.
     """
     # Progress bars and advice of libraries would interleave with ours; their warnings still reach the log file.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -60,7 +66,11 @@ def set_up_logging(level: str = "INFO") -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logger = get_logger()
-    logger.setLevel(os.environ.get("TUNEBOOK_LOG_LEVEL", level).upper())
+    level = (os.environ.get("TUNEBOOK_LOG_LEVEL") or level).upper()
+    if level not in LEVELS:
+        fix = f"set it to one of {', '.join(LEVELS)}"
+        raise MachineError(f"{level} is no log level", where="TUNEBOOK_LOG_LEVEL", fix=fix, code="environment")
+    logger.setLevel(level)
     logger.propagate = False
     if not logger.handlers:
         logger.addHandler(make_terminal_handler())

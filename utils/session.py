@@ -9,11 +9,11 @@ from typing import Any
 
 from config.recipe_io import LoadedRecipe
 from config.structured_config import DataSection, GenerationSection, ModelSection, Recipe, TrainingSection
-from utils.backends import Backend, GenerationSettings, load_backend
+from utils.backends import load_backend
 from utils.batching import pad_prompts_left
 from utils.data_formats import Message
 from utils.evaluation import load_trained_model
-from utils.inference import Ids, answer_prompts, make_settings
+from utils.inference import Ids, Responder, make_settings
 from utils.model_source import find_model
 from utils.preflight import open_tokenizer
 from utils.run_folder import RunFolder
@@ -29,38 +29,26 @@ class Session:
         row_format: prompts are rendered like training rows of this format.
     """
 
-    backend: Backend
-    model: Any
-    tokenizer: TokenizerUtils
-    settings: GenerationSettings
+    responder: Responder
     row_format: str
-    batch_size: int
 
     def encode(self, messages: Sequence[Message]) -> Ids:
         """Token ids of a conversation that ends with the user."""
-        return self.tokenizer.encode_prompt(messages, self.row_format)
+        return self.responder.tokenizer.encode_prompt(messages, self.row_format)
 
     def answer(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """Answers many conversations in batches."""
-        prompts = [self.encode(messages) for messages in conversations]
-        return answer_prompts(
-            self.backend,
-            self.model,
-            self.tokenizer,
-            prompts,
-            self.settings,
-            batch_size=self.batch_size,
-            title="Answers",
-        )
+        return self.responder.answer([self.encode(messages) for messages in conversations], "Answers")
 
     def stream(self, messages: Sequence[Message]) -> Iterator[str]:
         """Yields an answer piece by piece; a piece ends only where its characters are complete."""
-        batch = pad_prompts_left([self.encode(messages)], self.settings.pad_id)
+        responder = self.responder
+        batch = pad_prompts_left([self.encode(messages)], responder.settings.pad_id)
         ids: list[int] = []
         shown = ""
-        for token in self.backend.stream(self.model, batch, self.settings):
+        for token in responder.backend.stream(responder.model, batch, responder.settings):
             ids.append(token)
-            text = self.tokenizer.decode(ids)
+            text = responder.tokenizer.decode(ids)
             if not text.endswith("\ufffd"):  # half of a multi-byte character: wait for the rest
                 yield text[len(shown) :]
                 shown = text
@@ -82,7 +70,7 @@ def open_run(folder: RunFolder, loaded: LoadedRecipe) -> Session:
     model = load_trained_model(backend, base, recipe, folder)
     settings = make_settings(tokenizer, recipe.generation)
     row_format = str(folder.read_facts()["row_format"])
-    return Session(backend, model, tokenizer, settings, row_format, recipe.evaluation.batch_size)
+    return Session(Responder(backend, model, tokenizer, settings, recipe.evaluation.batch_size), row_format)
 
 
 def open_model(name: str, generation: GenerationSection) -> Session:
@@ -100,7 +88,7 @@ def open_model(name: str, generation: GenerationSection) -> Session:
     model = backend.load_model(source, recipe)
     row_format = "messages" if tokenizer.strategy == "chat" else "prompt_completion"
     settings = make_settings(tokenizer, generation)
-    return Session(backend, model, tokenizer, settings, row_format, recipe.evaluation.batch_size)
+    return Session(Responder(backend, model, tokenizer, settings, recipe.evaluation.batch_size), row_format)
 
 
 def read_prompts(path: Path) -> list[list[Message]]:

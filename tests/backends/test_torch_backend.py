@@ -19,6 +19,7 @@ from utils.exceptions import AdapterError, MachineError, RecipeError, TrainingEr
 from utils.model_source import ModelSource
 from utils.tokenizer_utils import EncodedExample
 
+pytestmark = pytest.mark.slow
 PAD = 2
 
 
