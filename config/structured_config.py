@@ -248,6 +248,8 @@ class Recipe(Section):
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Seeds the data order, adapter initialisation, dropout and sampling."""
+    deterministic: bool = False
+    """Let CUDA choose only kernels that repeat their results, which is slower; on a CPU they repeat anyway."""
     backend: Literal["auto", "torch"] = "auto"
     """auto takes torch: CUDA, then Apple's MPS, then the CPU."""
     model: ModelSection

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = loaded.recipe
     source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
     backend = load_backend(recipe.backend)
-    SeedManager(recipe.seed).seed_everything()
+    SeedManager(recipe.seed, deterministic=recipe.deterministic).seed_everything()
     model = backend.attach_lora(backend.load_model(source, recipe), recipe)
     loaded = choose_micro_batch_size(loaded, preflight, backend.describe_machine(model))
     folder = create_run_folder(loaded, options.run)

@@ -9,17 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from utils.exceptions import RunError
 
 STATE = "state.json"
 
 
 def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary folder, flushes it to disk and renames it: a kill leaves the old state or the new.
+    """Lets `write` fill a temporary folder, flushes it to disk and renames it: a kill leaves all of it or nothing.
 
     Raises:
-        RunError: the disk is full or not writable.
+        RunError: the folder exists already, or the disk is full or not writable.
     """
+    if folder.exists():
+        raise RunError("the folder exists already", where=str(folder), fix="name another one", code="exists")
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -28,16 +32,15 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
         for path in temporary.rglob("*"):
             if path.is_file():
                 flush(path)
-        if folder.exists():
-            shutil.rmtree(folder)
         temporary.rename(folder)
         flush(folder.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        message = f"cannot be written: {error.strerror or error}"
+    except (OSError, SafetensorError) as error:
+        message = f"cannot be written: {error}"
         raise RunError(
             message, where=str(folder), fix="free disk space, or name another folder", code="disk"
         ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def flush(path: Path) -> None:

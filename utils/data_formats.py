@@ -69,16 +69,14 @@ def read_prompt_completion(row: Row) -> Example:
 def read_alpaca(row: Row) -> Example:
     """Reads `{"instruction": "Translate to French.", "input": "cheese", "output": "fromage"}`; `input` may be absent or ""."""
     instruction = check_text(row.fields["instruction"], "instruction", row.where)
-    given = row.fields.get("input") or ""
-    if not isinstance(given, str):
-        raise DataError(f"input must be text, not {type(given).__name__}", where=row.where, code="not-text")
+    given = check_optional_text(row.fields.get("input"), "input", row.where)
     user = {"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction}
     if given:
         # Chat templates read `content` alone; the alpaca template shows instruction and input in sections of their own.
         user |= {"instruction": instruction, "input": given}
     answer = {"role": "assistant", "content": check_text(row.fields["output"], "output", row.where)}
-    system = row.fields.get("system")
-    first = [{"role": "system", "content": check_text(system, "system", row.where)}] if system else []
+    system = check_optional_text(row.fields.get("system"), "system", row.where)
+    first = [{"role": "system", "content": system}] if system else []
     return Example("alpaca", (*first, user, answer), None, row.where, row.fields)
 
 
@@ -141,7 +139,19 @@ def check_text(value: Any, name: str, where: str) -> str:
         raise DataError(f"{name} must be text, not {type(value).__name__}", where=where, code="not-text")
     if not value.strip():
         raise DataError(f"{name} is empty", where=where, fix="fill it in or remove the row", code="empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        message = f"{name} holds half of a character (a lone surrogate)"
+        raise DataError(message, where=where, fix="write the text anew as UTF-8", code="not-text") from error
     return value
+
+
+def check_optional_text(value: Any, name: str, where: str) -> str:
+    """Text, or nothing where the key is absent, null or blank."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return ""
+    return check_text(value, name, where)
 
 
 def check_messages(value: Any, where: str) -> tuple[Message, ...]:
@@ -174,4 +184,8 @@ def check_message(message: Any, index: int, where: str) -> Message:
             fix=f"roles are {', '.join(ROLES)}",
             code="unknown-role",
         )
+    if unread := [key for key in ("tool_calls", "function_call") if message.get(key)]:
+        fix = "remove it from the row"
+        text = f"message {index + 1} has {unread[0]}, which this version cannot train on"
+        raise DataError(text, where=where, fix=fix, code="tool-calls")
     return {"role": message["role"], "content": check_text(message["content"], f"message {index + 1}", where)}

@@ -46,7 +46,7 @@ def load_rows(paths: str | Sequence[str], columns: Mapping[str, str] | None = No
         rows += found_rows
         problems += found_problems
     raise_problems(problems)
-    return [rename_columns(row, columns) for row in rows] if columns else rows
+    return rename_rows(rows, columns) if columns else rows
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
@@ -73,7 +73,7 @@ def read_file(path: Path) -> tuple[list[Row], list[Problem]]:
         where = f"{path}:{number}"
         try:
             rows.append(make_row(json.loads(line), where))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             fix = "each line must be one JSON object"
             problems.append(Problem("not-json", f"not JSON: {describe_json_error(error)}", where, fix))
         except DataError as error:
@@ -110,7 +110,7 @@ def read_text_lines(path: Path) -> list[str]:
     if not path.is_file():
         raise DataError("no such file", where=str(path), fix=suggest_path(path), code="no-file")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read as UTF-8 text: {error}", where=str(path), code="unreadable") from error
     found = [line for line in lines if line.strip()]
@@ -143,10 +143,13 @@ def read_json_array(text: str, path: Path) -> tuple[list[Row], list[Problem]]:
             position += 1
         line, counted = line + text.count("\n", counted, position), position
         if text[position : position + 1] == "]":
+            if rest := text[position + 1 :].lstrip():
+                line += text.count("\n", counted, len(text) - len(rest))
+                problems.append(Problem("not-json", "something follows the end of the array", f"{path}:{line}"))
             break
         try:
             value, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             line = error.lineno if isinstance(error, json.JSONDecodeError) else line
             problems.append(Problem("not-json", f"not JSON: {describe_json_error(error)}", f"{path}:{line}"))
             return rows, problems
@@ -161,7 +164,9 @@ def read_json_array(text: str, path: Path) -> tuple[list[Row], list[Problem]]:
 
 def describe_json_error(error: Exception) -> str:
     """The decoder's complaint in one short line."""
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number with too many digits"
 
 
 def make_row(value: Any, where: str) -> Row:
@@ -172,12 +177,29 @@ def make_row(value: Any, where: str) -> Row:
     return Row(value, where)
 
 
-def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """Applies `data.columns`; a name that the row lacks is an error, for it is a typo more often than not."""
-    if missing := [name for name in columns if name not in row.fields]:
+def rename_rows(rows: Sequence[Row], columns: Mapping[str, str]) -> list[Row]:
+    """Applies `data.columns` to every row; a name that a row lacks is an error, for it is a typo more often than not.
+
+    Raises:
+        DataError: rows that lack a named column, or have one of the new name already.
+    """
+    renamed: list[Row] = []
+    problems: list[Problem] = []
+    for row in rows:
         fix = f"columns here: {', '.join(row.fields)}"
-        raise DataError(f"data.columns names {missing[0]!r}, which this row lacks", where=row.where, fix=fix)
-    return Row({columns.get(name, name): value for name, value in row.fields.items()}, row.where)
+        missing = [name for name in columns if name not in row.fields]
+        names = [columns.get(name, name) for name in row.fields]
+        if missing:
+            text = f"data.columns names {missing[0]!r}, which this row lacks"
+            problems.append(Problem("missing-column", text, row.where, fix))
+        elif len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            text = f"data.columns would put two columns into {twice!r}"
+            problems.append(Problem("column-collision", text, row.where, fix))
+        else:
+            renamed.append(Row(dict(zip(names, row.fields.values(), strict=True)), row.where))
+    raise_problems(problems)
+    return renamed
 
 
 def split_rows(rows: Sequence[Row], eval_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -30,6 +30,7 @@ class MachinePlan:
         device: `cuda`, `mps` or `cpu`.
         device_name: the hardware, as a person calls it.
         dtype: number format of the frozen weights.
+        memory_bytes: memory of the device in all.
         workers: micro-batches that run side by side, one thread each; 1 on accelerators.
         reasons: what was chosen automatically, and why.
     """
@@ -37,6 +38,7 @@ class MachinePlan:
     device: str
     device_name: str
     dtype: torch.dtype
+    memory_bytes: int
     workers: int
     reasons: tuple[str, ...]
 
@@ -75,7 +77,8 @@ class DeviceManager:
                 torch.set_num_threads(1)
                 reasons.append("1 thread for each operation: more are not quicker here")
             self.keep_freed_pages()
-        return MachinePlan(device, self.name_device(device), DTYPES[dtype], workers, tuple(reasons))
+        memory = self.measure_memory(device)
+        return MachinePlan(device, self.name_device(device), DTYPES[dtype], memory, workers, tuple(reasons))
 
     @staticmethod
     def find_device() -> str:
@@ -99,6 +102,15 @@ class DeviceManager:
         return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
     @staticmethod
+    def measure_memory(device: str) -> int:
+        """Bytes of the device: CUDA's own, what Metal recommends to use, or the machine's."""
+        if device == "cuda":
+            return int(torch.cuda.mem_get_info()[1])
+        if device == "mps":
+            return int(torch.mps.recommended_max_memory())
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    @staticmethod
     def count_workers() -> int:
         """Cores that this process may run on, but no more than micro-batches usually are."""
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -113,11 +125,16 @@ class DeviceManager:
         if device == "mps":
             return False  # works on recent systems, but losses drift; float32 is the safe choice until measured
 
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a busy neighbour slows several threads far more than one
+
         def measure(dtype: torch.dtype) -> float:
             x, weight = torch.ones(128, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
             return measure_seconds(lambda: functional.linear(x, weight))
 
-        return measure(torch.bfloat16) < measure(torch.float32)
+        quick = measure(torch.bfloat16) < measure(torch.float32)
+        torch.set_num_threads(threads)
+        return quick
 
     @staticmethod
     def gains_from_threads(threads: int) -> bool:

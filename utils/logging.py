@@ -25,24 +25,23 @@ QUIET = (
     "filelock",
 )
 SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.IGNORECASE)
-SECRET_SHAPE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|[0-9a-f]{40})\b")
+SECRET_SHAPE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})\b")
 HIDDEN = "[hidden]"
 
 
-class SecretFilter(logging.Filter):
-    """Replaces the values of secret environment variables, and what looks like a token, in every line."""
+class SecretFormatter(logging.Formatter):
+    """Hides secrets in the finished text, tracebacks included."""
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Called by logging for every line; keeps it, cleaned."""
-        record.msg, record.args = hide_secrets(record.getMessage()), ()
-        return True
+    def format(self, record: logging.LogRecord) -> str:
+        """Called by logging for every line."""
+        return hide_secrets(super().format(record))
 
 
 def hide_secrets(text: str) -> str:
     """Text without the values of environment variables named like secrets, and without token-shaped words."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and SECRET_NAME.search(name) and value in text:
-            text = text.replace(value, HIDDEN)
+    values = {value for name, value in os.environ.items() if len(value) >= 8 and SECRET_NAME.search(name)}
+    for value in sorted(values, key=len, reverse=True):  # a short secret may be the beginning of a longer one
+        text = text.replace(value, HIDDEN)
     return SECRET_SHAPE.sub(HIDDEN, text)
 
 
@@ -88,19 +87,17 @@ def make_terminal_handler() -> logging.Handler:
         from rich.logging import RichHandler
 
         handler = RichHandler(console=Console(stderr=True), show_path=False, rich_tracebacks=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(SecretFormatter("%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    handler.addFilter(SecretFilter())
+        handler.setFormatter(SecretFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     return handler
 
 
 def add_log_file(path: Path) -> logging.Handler:
     """Copies every line, with date and level, into a plain file; warnings of libraries go there too."""
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handler.addFilter(SecretFilter())
+    handler.setFormatter(SecretFormatter("%(asctime)s %(levelname)s %(message)s"))
     get_logger().addHandler(handler)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(handler)

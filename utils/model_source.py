@@ -114,10 +114,16 @@ def find_embedded(name: str, where: str) -> Path:
 
 def verify_sizes(folder: Path) -> None:
     """Checks the converted files against their recorded sizes; `hash_file` has the full check at conversion."""
-    for name, entry in json.loads((folder / "checksums.json").read_text(encoding="utf-8")).items():
+    fix = f"delete {folder} and run again: it will be converted anew"
+    try:
+        entries = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+        sizes = {name: int(entry["bytes"]) for name, entry in entries.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        message = "the converted model is damaged: checksums.json"
+        raise ModelLoadingError(message, where=str(folder), fix=fix, code="damaged") from error
+    for name, size in sizes.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            fix = f"delete {folder} and run again: it will be converted anew"
+        if not path.is_file() or path.stat().st_size != size:
             raise ModelLoadingError(
                 f"the converted model is damaged: {name}", where=str(folder), fix=fix, code="damaged"
             )
@@ -187,11 +193,10 @@ def iterate_tensor_shapes(source: ModelSource) -> Iterator[tuple[str, tuple[int,
     for path in source.list_weight_files():
         try:
             header = json.loads(read_header_bytes(path))
-        except ValueError as error:
-            raise ModelLoadingError("the safetensors header is not JSON", where=str(path), code="damaged") from error
-        for name, entry in header.items():
-            if name != "__metadata__":
-                yield name, tuple(entry["shape"])
+            shapes = [(name, tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ModelLoadingError("the safetensors header is damaged", where=str(path), code="damaged") from error
+        yield from shapes
 
 
 def list_linear_modules(source: ModelSource) -> list[str]:

@@ -93,7 +93,7 @@ def create_run_folder(loaded: LoadedRecipe, asked: Path | None) -> RunFolder:
     Raises:
         RunError: the folder exists already or cannot be created.
     """
-    path = asked or OUTPUTS / loaded.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    path = asked or choose_run_path(loaded.name)
     try:
         path.mkdir(parents=True, exist_ok=False)
     except FileExistsError as error:
@@ -105,6 +105,16 @@ def create_run_folder(loaded: LoadedRecipe, asked: Path | None) -> RunFolder:
     folder = RunFolder(path)
     folder.recipe_file.write_text(hide_secrets(format_resolved(loaded)), encoding="utf-8")
     return folder
+
+
+def choose_run_path(name: str) -> Path:
+    """outputs/<recipe>/<time>, with a number behind it for a second run in the same second."""
+    first = path = OUTPUTS / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    number = 1
+    while path.exists():
+        number += 1
+        path = first.with_name(f"{first.name}_{number}")
+    return path
 
 
 def check_run_target(asked: Path | None) -> None:

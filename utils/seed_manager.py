@@ -12,8 +12,9 @@ import numpy as np
 class SeedManager:
     """Seeds python, numpy and whichever frameworks this process has loaded."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, deterministic: bool = False) -> None:
         self.seed = seed
+        self.deterministic = deterministic
 
     def seed_everything(self) -> list[str]:
         """Seeds all generators; call it after the back end is loaded and before adapters are initialised.
@@ -24,6 +25,8 @@ class SeedManager:
         Returns:
             Names of what was seeded.
         """
+        if self.deterministic:
+            self.make_deterministic()
         random.seed(self.seed)
         np.random.seed(self.seed)
         seeded = ["python", "numpy"]

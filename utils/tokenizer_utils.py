@@ -35,11 +35,13 @@ class EncodedExample:
         input_ids: int64 token ids, shape (length,).
         loss_mask: bool, shape (length,); True where the token is learned.
         where: `file:line` of its row.
+        is_text: True for raw text, which may be cut at its end; an answer may not.
     """
 
     input_ids: npt.NDArray[np.int64]
     loss_mask: npt.NDArray[np.bool_]
     where: str
+    is_text: bool = False
 
     @property
     def supervised_tokens(self) -> int:
@@ -61,7 +63,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelLoadingError(f"the tokenizer cannot be read: {error}", where=str(folder)) from error
     ensure_pad_token(tokenizer)
     return tokenizer
@@ -90,6 +92,8 @@ class TokenizerUtils:
         loss_on: LossOn = "assistant",
         system: str | None = None,
     ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ModelLoadingError("the tokenizer has no end-of-text token", code="no-tokenizer")
         self.tokenizer = tokenizer
         self.loss_on = loss_on
         self.system = system
@@ -113,6 +117,8 @@ class TokenizerUtils:
     def find_template(self, example_format: str = "messages") -> str:
         """The Jinja source that conversations of a format are rendered with."""
         name = self._template_name
+        if example_format == "text":
+            name = "raw"  # raw text was trained as it stands, whatever the model's template is
         if name == "auto":
             if self.strategy == "chat":
                 return str(self.tokenizer.chat_template)
@@ -163,7 +169,7 @@ class TokenizerUtils:
         Returns:
             int64 ids, shape (length,).
         """
-        self._refuse_control_tokens([message["content"] for message in messages], "the prompt")
+        self._refuse_control_tokens(messages, "the prompt")
         segments = self._split_turns(messages, example_format)
         tail = self.render(messages, example_format, prompt=True)
         done = sum(len(text) for text, _ in segments)
@@ -176,11 +182,11 @@ class TokenizerUtils:
             DataError: control tokens inside a message, a template that hides or rewrites a turn, or nothing to learn.
         """
         if example.text is not None:
-            self._refuse_control_tokens([example.text], example.where)
+            self._refuse_control_tokens([{"content": example.text}], example.where)
             ids, mask = self._encode_segments([(example.text, True)])
             ids, mask = np.append(ids, self.tokenizer.eos_token_id), np.append(mask, True)
-            return EncodedExample(ids, mask, example.where)
-        self._refuse_control_tokens([message["content"] for message in example.messages], example.where)
+            return EncodedExample(ids, mask, example.where, is_text=True)
+        self._refuse_control_tokens(example.messages, example.where)
         try:
             segments = self._split_turns(example.messages, example.format)
         except DataError as error:
@@ -208,6 +214,7 @@ class TokenizerUtils:
         """
         full = self.render(messages, example_format) if messages else ""
         segments: list[tuple[str, bool]] = []
+        terminators: set[str] = set()
         done = 0
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -216,15 +223,19 @@ class TokenizerUtils:
             if not full.startswith(prompt) or len(prompt) < done:
                 text = f"the chat template changes the text before turn {index + 1} when it is answered"
                 raise DataError(text, fix="set data.template to another template", code="template-prefix")
-            stop = self._find_answer_end(full, len(prompt), messages, index, example_format)
+            stop, terminator = self._find_answer_end(full, len(prompt), messages, index, example_format)
             segments += [(full[done : len(prompt)], False), (full[len(prompt) : stop], True)]
+            terminators.add(terminator)
             done = stop
+        if len(terminators) > 1:
+            text = f"the chat template ends turns in different ways: {', '.join(sorted(terminators))}"
+            raise DataError(text, fix="set data.template to another template", code="no-terminator")
         return segments
 
     def _find_answer_end(
         self, full: str, start: int, messages: Sequence[Message], index: int, example_format: str
-    ) -> int:
-        """Where an assistant turn that starts at `start` ends: just behind the first control token after its content."""
+    ) -> tuple[int, str]:
+        """Where an assistant turn that starts at `start` ends, just behind a control token, and that token."""
         content = messages[index]["content"].strip()
         if not full[start:].lstrip().startswith(content):
             # The template writes something before the answer, such as an empty thinking block. Rendering another answer
@@ -236,9 +247,8 @@ class TokenizerUtils:
             text = f"the chat template hides or rewrites the answer of turn {index + 1}"
             raise DataError(text, fix="set data.template to another template", code="template-hides")
         after = start + len(content)
-        ends = [
-            full.find(token, after) + len(token) for token in self._control_tokens.values() if token in full[after:]
-        ]
+        found = [(full.find(token, after), token) for token in self._control_tokens.values()]
+        ends = [(position + len(token), token) for position, token in found if position >= 0]
         if not ends:
             text = f"the chat template writes no token that ends turn {index + 1}, so the model could not learn to stop"
             raise DataError(text, fix="set data.template to another template", code="no-terminator")
@@ -262,9 +272,15 @@ class TokenizerUtils:
             ids, mask = [bos, *ids], [False, *mask]
         return np.array(ids, dtype=np.int64), np.array(mask, dtype=np.bool_)
 
-    def _refuse_control_tokens(self, texts: Sequence[str], where: str) -> None:
-        """A message that contains `<|im_end|>` could end its own turn: it is refused, in training and in inference."""
-        for text in texts:
+    def _refuse_control_tokens(self, messages: Sequence[Message], where: str) -> None:
+        """A message that contains `<|im_end|>` could end its own turn: it is refused, in training and in inference.
+
+        The contents are also looked at as one text: a template may write them without anything between.
+        """
+        contents = [message["content"] for message in messages]
+        if self.system is not None:
+            contents.insert(0, self.system)
+        for text in (*contents, "".join(contents)):
             if found := next((token for token in self._control_tokens.values() if token in text), None):
                 fix = "remove it, or write it in another way"
                 raise DataError(f"the text holds the control token {found}", where=where, fix=fix, code="control-token")
@@ -301,15 +317,17 @@ def fit_length(encoded: EncodedExample, max_length: int) -> EncodedExample | Non
     """Cuts a long example to `max_length` tokens without losing what is learned.
 
     Returns:
-        The example, with its prompt cut from the left; or None if its learned tokens alone are too long. Where everything
-        is learned (raw text), the end is cut instead.
+        The example, with its prompt cut from the left; or None if its learned tokens alone are too long. Raw text is cut at
+        its end instead.
     """
     length = len(encoded.input_ids)
     if length <= max_length:
         return encoded
+    if encoded.is_text:
+        return EncodedExample(
+            encoded.input_ids[:max_length], encoded.loss_mask[:max_length], encoded.where, is_text=True
+        )
     first = int(np.argmax(encoded.loss_mask[1:])) + 1
-    if first <= 1:
-        return EncodedExample(encoded.input_ids[:max_length], encoded.loss_mask[:max_length], encoded.where)
     cut = length - max_length
     if cut >= first:  # the token before the first learned one must stay, for it is what predicts it
         return None

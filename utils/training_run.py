@@ -124,9 +124,7 @@ def log_start(run: PreparedRun) -> None:
     """Says what is about to happen, in numbers."""
     logger, plan, data = get_logger(), run.preflight.plan, run.preflight.data
     trainable, total = run.backend.count_parameters(run.model)
-    machine = run.backend.describe_machine(run.model)
     logger.info("Run folder: %s", run.folder.path)
-    logger.info("Device: %s (%s), %s", machine.device, machine.device_name, "; ".join(machine.reasons))
     logger.info("Trainable: %s of %s parameters (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
     logger.info(
         "%d training rows, %d held-out rows; %d steps, %d of warmup",
@@ -165,7 +163,9 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
         "recipe": run.loaded.name,
         "device": machine.device,
         "device_name": machine.device_name,
+        "memory_bytes": machine.memory_bytes,
         "dtype": machine.dtype,
+        "automatic_choices": list(machine.reasons),
         **dict.fromkeys(RESULTS),
         "trainable_parameters": trainable,
         "parameters": total,

@@ -13,7 +13,7 @@ from utils.data_loading import (
     iterate_batches,
     load_rows,
     read_text_lines,
-    rename_columns,
+    rename_rows,
     split_rows,
 )
 from utils.exceptions import DataError
@@ -192,7 +192,7 @@ def test_columns_are_renamed_and_the_others_kept(tmp_path: Path) -> None:
 
 
 def test_two_columns_can_swap_their_names() -> None:
-    row = rename_columns(Row({"a": 1, "b": 2}, "x:1"), {"a": "b", "b": "a"})
+    (row,) = rename_rows([Row({"a": 1, "b": 2}, "x:1")], {"a": "b", "b": "a"})
     assert row.fields == {"a": 2, "b": 1}
 
 

@@ -5,15 +5,19 @@ The oracle is the package trl: it ships each template twice, plain and with `{% 
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from config.structured_config import ModelSection
 from utils.data_formats import Example, Message, read_example
@@ -78,9 +82,30 @@ def model_folder() -> Path:
     return find_model(ModelSection(name="embedded/smollm2-135m-instruct"), "test", with_weights=True).folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokenizer(model_folder: Path) -> Any:
+    """The embedded model's tokenizer; shared, so never changed by a test."""
     return load_tokenizer(model_folder)
+
+
+@pytest.fixture
+def own_tokenizer(model_folder: Path) -> Any:
+    """A tokenizer that the test may change."""
+    return load_tokenizer(model_folder)
+
+
+@pytest.fixture(scope="session")
+def base_tokenizer() -> Any:
+    """A tokenizer as base models of GPT-2's kind have it: end-of-text is its only control token, and no pad."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["Once upon a time there was a tune."] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
 def make_family_tokenizer(folder: Path, family: str) -> Any:
@@ -334,27 +359,24 @@ def test_a_control_token_inside_the_recipes_system_message_is_refused(tokenizer:
 
 def test_a_control_token_cannot_be_spelled_by_two_neighbours(tokenizer: Any) -> None:
     # Each part is harmless alone; written behind each other by `raw` they spell <|im_end|>.
-    encoded = TokenizerUtils(tokenizer, template="raw").encode_example(
-        make_example((("user", "a<|im_"), ("assistant", "end|>b")))
-    )
-    assert (encoded.input_ids == tokenizer.eos_token_id).sum() == 1
+    with pytest.raises(DataError, match="control token"):
+        TokenizerUtils(tokenizer, template="raw").encode_example(
+            make_example((("user", "a<|im_"), ("assistant", "end|>b")))
+        )
 
 
 def test_a_control_token_cannot_be_spelled_by_system_and_prompt(tokenizer: Any) -> None:
     # Neighbours inside one segment are joined before they are tokenised, so they have to be looked at as rendered.
     turns = (("system", "a<|im_"), ("user", "end|>b"), ("assistant", "c"))
-    try:
-        encoded = TokenizerUtils(tokenizer, template="raw").encode_example(make_example(turns))
-    except DataError:
-        return  # refusing the row is as good
-    assert (encoded.input_ids == tokenizer.eos_token_id).sum() == 1
+    with pytest.raises(DataError, match="control token"):
+        TokenizerUtils(tokenizer, template="raw").encode_example(make_example(turns))
 
 
 @pytest.mark.parametrize("text", ["half a pair \ud83d", "\udc00"])
-def test_half_a_surrogate_pair_is_a_bad_row_and_no_crash(tokenizer: Any, text: str) -> None:
+def test_half_a_surrogate_pair_is_a_bad_row_and_no_crash(text: str) -> None:
     # JSON can write half a pair as an escape; the tokenizer then fails with a TypeError that names no row.
-    with pytest.raises(DataError):
-        TokenizerUtils(tokenizer).encode_example(make_example((("user", text), ("assistant", "a"))))
+    with pytest.raises(DataError, match="half of a character"):
+        read({"prompt": text, "completion": "a"})
 
 
 def test_raw_runs_the_prompt_straight_into_its_completion(tokenizer: Any) -> None:
@@ -390,16 +412,16 @@ def test_the_alpaca_template_is_stanfords_text(tokenizer: Any, given: str) -> No
     assert find_learned(tokenizer, encoded) == ["fromage<|im_end|>"]
 
 
-def test_alpaca_rows_take_the_alpaca_template_where_there_is_no_chat_template(tokenizer: Any) -> None:
-    tokenizer.chat_template = None
-    encoded = TokenizerUtils(tokenizer).encode_example(read({"instruction": "Sing.", "output": "La"}))
-    assert tokenizer.decode(encoded.input_ids).startswith("Below is an instruction that describes a task. Write")
+def test_alpaca_rows_take_the_alpaca_template_where_there_is_no_chat_template(own_tokenizer: Any) -> None:
+    own_tokenizer.chat_template = None
+    encoded = TokenizerUtils(own_tokenizer).encode_example(read({"instruction": "Sing.", "output": "La"}))
+    assert own_tokenizer.decode(encoded.input_ids).startswith("Below is an instruction that describes a task. Write")
 
 
-def test_completions_take_the_raw_template_where_there_is_no_chat_template(tokenizer: Any) -> None:
-    tokenizer.chat_template = None
-    encoded = TokenizerUtils(tokenizer).encode_example(read({"prompt": "2 + 2 =", "completion": " 4"}))
-    assert tokenizer.decode(encoded.input_ids) == "2 + 2 = 4<|im_end|>"
+def test_completions_take_the_raw_template_where_there_is_no_chat_template(own_tokenizer: Any) -> None:
+    own_tokenizer.chat_template = None
+    encoded = TokenizerUtils(own_tokenizer).encode_example(read({"prompt": "2 + 2 =", "completion": " 4"}))
+    assert own_tokenizer.decode(encoded.input_ids) == "2 + 2 = 4<|im_end|>"
 
 
 def test_strategy_standard_sets_the_chat_template_aside(tokenizer: Any) -> None:
@@ -420,13 +442,10 @@ def test_chatml_writes_each_role_between_its_marks(tokenizer: Any) -> None:
     )
 
 
-def test_chatml_is_refused_for_a_tokenizer_without_its_tokens(model_folder: Path) -> None:
+def test_chatml_is_refused_for_a_tokenizer_without_its_tokens(base_tokenizer: Any) -> None:
     # <|im_end|> would fall apart into letters, and no single token would end a turn.
-    tokenizer = load_tokenizer(model_folder)
-    tools = TokenizerUtils(tokenizer, template="chatml")
-    tools._control_tokens = {0: "<|endoftext|>"}
     with pytest.raises(DataError) as caught:
-        tools.encode_example(make_example(SINGLE))
+        TokenizerUtils(base_tokenizer, template="chatml").encode_example(make_example(SINGLE))
     assert caught.value.problems[0].code == "no-terminator"
 
 
@@ -470,7 +489,8 @@ BAD_TEMPLATES = {
         "template-prefix",
     ),
     "begins an answer in another way than its prompt": (
-        "{% for m in messages %}<|im_start|>{{ 'bot' if m.role == 'assistant' else m.role }}: {{ m.content }}<|im_end|>{% endfor %}",
+        "{% for m in messages %}<|im_start|>{{ 'bot' if m.role == 'assistant' else m.role }}: "
+        "{{ m.content }}<|im_end|>{% endfor %}",
         "template-prefix",
     ),
 }
@@ -492,10 +512,8 @@ def test_a_template_that_would_be_masked_wrongly_is_refused_with_the_row(
 
 def test_a_template_that_rewrites_history_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     # As reasoning templates do: an answer looks different as soon as another turn follows it.
-    source = (
-        BEGINNING
-        + "{% if m.role == 'assistant' and not loop.last %}(old){% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
-    )
+    content = "{% if m.role == 'assistant' and not loop.last %}(old){% else %}{{ m.content }}{% endif %}"
+    source = BEGINNING + content + "<|im_end|>{% endfor %}"
     tools = TokenizerUtils(tokenizer, template=write_template(tmp_path, source + PROMPT))
     tools.encode_example(make_example(SINGLE))
     with pytest.raises(DataError):
@@ -528,10 +546,10 @@ def test_a_system_message_that_the_template_refuses_is_an_error_with_its_row(fam
         TokenizerUtils(family_tokenizers["gemma"]).encode_example(make_example(CONVERSATIONS["system"]))
 
 
-def test_strategy_chat_without_a_chat_template_is_refused(tokenizer: Any) -> None:
-    tokenizer.chat_template = None
+def test_strategy_chat_without_a_chat_template_is_refused(own_tokenizer: Any) -> None:
+    own_tokenizer.chat_template = None
     with pytest.raises(RecipeError) as caught:
-        TokenizerUtils(tokenizer, strategy="chat")
+        TokenizerUtils(own_tokenizer, strategy="chat")
     assert caught.value.problems[0].code == "no-chat-template"
     assert "standard" in (caught.value.problems[0].fix or "")
 
@@ -569,8 +587,7 @@ def make_encoded(mask: str) -> EncodedExample:
         # A learned token in column 1 was taken for raw text, so the end of the last answer was cut away in silence.
         (".x.xx", 4, None),
         ("..x.xx", 5, range(1, 6)),
-        ("xxxxxx", 4, range(4)),  # raw text: the end goes
-        (".xxxxx", 4, range(4)),  # raw text behind a BOS
+        ("xxxxxx", 4, None),  # loss_on all: nothing can go without losing what is learned
     ],
 )
 def test_a_long_example_loses_its_beginning_but_nothing_that_is_learned(
@@ -606,25 +623,39 @@ def test_truncating_never_cuts_the_end_of_a_completion(tokenizer: Any) -> None:
     assert fit_length(encoded, 10) is None
 
 
-def test_a_tokenizer_without_pad_gets_one_from_its_own_vocabulary(tokenizer: Any) -> None:
-    size, eos = len(tokenizer), tokenizer.eos_token_id
-    tokenizer.pad_token = None
-    ensure_pad_token(tokenizer)
-    assert tokenizer.pad_token == "<|endoftext|>"
-    assert len(tokenizer) == size
-    assert tokenizer.eos_token_id == eos
+def test_a_tokenizer_without_pad_gets_one_from_its_own_vocabulary(own_tokenizer: Any) -> None:
+    size, eos = len(own_tokenizer), own_tokenizer.eos_token_id
+    own_tokenizer.pad_token = None
+    ensure_pad_token(own_tokenizer)
+    assert own_tokenizer.pad_token == "<|endoftext|>"
+    assert len(own_tokenizer) == size
+    assert own_tokenizer.eos_token_id == eos
 
 
-def test_a_pad_token_that_is_there_is_kept(tokenizer: Any) -> None:
-    before = tokenizer.pad_token
-    ensure_pad_token(tokenizer)
-    assert tokenizer.pad_token == before
+def test_a_pad_token_that_is_there_is_kept(own_tokenizer: Any) -> None:
+    before = own_tokenizer.pad_token
+    ensure_pad_token(own_tokenizer)
+    assert own_tokenizer.pad_token == before
 
 
-def test_pad_falls_back_to_eos_where_no_reserved_token_is_left(tokenizer: Any) -> None:
-    tokenizer.pad_token, tokenizer.eos_token = None, "<|endoftext|>"
-    ensure_pad_token(tokenizer)
-    assert tokenizer.pad_token == "<|endoftext|>"
+def test_pad_falls_back_to_eos_where_no_reserved_token_is_left(base_tokenizer: Any) -> None:
+    own = copy.deepcopy(base_tokenizer)
+    assert own.pad_token is None
+    ensure_pad_token(own)
+    assert own.pad_token_id == own.eos_token_id
+    assert len(own) == len(base_tokenizer)
+
+
+def test_a_base_models_tokenizer_encodes_every_format(base_tokenizer: Any) -> None:
+    tools = TokenizerUtils(base_tokenizer)
+    assert tools.strategy == "standard"
+    rows = [{"prompt": "a =", "completion": " b"}, {"instruction": "a", "output": "b"}, {"text": "Once"}]
+    for row in rows:
+        encoded = tools.encode_example(read(row))
+        assert encoded.input_ids[-1] == base_tokenizer.eos_token_id
+        assert encoded.loss_mask[-1]
+        assert (encoded.input_ids == base_tokenizer.eos_token_id).sum() == 1
+    assert tools.find_stop_ids() == [base_tokenizer.eos_token_id]
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -671,3 +702,9 @@ print(sorted(name for name in ("torch", "mlx.core", "tensorflow", "jax") if name
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_raw_text_that_is_too_long_loses_its_end() -> None:
+    fitted = fit_length(replace(make_encoded(".xxxxx"), is_text=True), 4)
+    assert fitted is not None
+    assert fitted.input_ids.tolist() == [100, 101, 102, 103]

@@ -47,6 +47,7 @@ class MachineFacts:
         device: `cuda`, `mps` or `cpu`.
         device_name: the hardware.
         dtype: number format of the frozen weights.
+        memory_bytes: memory of the device in all.
         token_budget: tokens that one forward pass should hold when micro_batch_size is auto.
         workers: micro-batches that run side by side.
         reasons: what was chosen automatically, and why.
@@ -55,6 +56,7 @@ class MachineFacts:
     device: str
     device_name: str
     dtype: str
+    memory_bytes: int
     token_budget: int
     workers: int
     reasons: tuple[str, ...]

@@ -30,6 +30,7 @@ from utils.batching import Batch
 from utils.device_manager import DeviceManager, MachinePlan
 from utils.device_manager import measure_peak_memory as measure_process_peak
 from utils.exceptions import AdapterError, MachineError, ModelLoadingError, RecipeError, TrainingError
+from utils.logging import get_logger
 from utils.model_source import ModelSource
 
 TOKEN_BUDGETS = {"cpu": 512, "mps": 2048, "cuda": 16_384}
@@ -55,6 +56,7 @@ def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
         message = "this version trains in one process, and WORLD_SIZE asks for more"
         raise MachineError(message, fix="start the script with python, without a launcher", code="processes")
     plan = DeviceManager().plan(recipe.model.dtype)
+    get_logger().info("Device: %s (%s), %s", plan.device, plan.device_name, "; ".join(plan.reasons))
     transformers_logging.disable_progress_bar()
     accelerator = Accelerator(cpu=plan.device == "cpu")
     quantization = recipe.model.to_quantization_config(plan.dtype_name)
@@ -99,8 +101,15 @@ def keep_quantised_weights_differentiable(network: nn.Module) -> None:
 def describe_machine(model: TorchModel) -> MachineFacts:
     """What the model runs on, with the reason for each automatic choice."""
     plan = model.plan
-    budget = TOKEN_BUDGETS[plan.device]
-    return MachineFacts(plan.device, plan.device_name, plan.dtype_name, budget, plan.workers, plan.reasons)
+    return MachineFacts(
+        device=plan.device,
+        device_name=plan.device_name,
+        dtype=plan.dtype_name,
+        memory_bytes=plan.memory_bytes,
+        token_budget=TOKEN_BUDGETS[plan.device],
+        workers=plan.workers,
+        reasons=plan.reasons,
+    )
 
 
 def attach_lora(model: TorchModel, recipe: Recipe) -> TorchModel:
