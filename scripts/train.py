@@ -35,8 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from utils.preflight import check_recipe
     from utils.preview import print_first_example, print_warnings
     from utils.seed_manager import SeedManager
+    from utils.tracking import check_tracking
     from utils.training_run import PreparedRun, choose_micro_batch_size, run_training
 
+    check_tracking(loaded.recipe.tracking, loaded.find_origin("tracking.wandb"))
     preflight = check_recipe(loaded)
     print_warnings(preflight)
     print_first_example(preflight)

@@ -48,6 +48,12 @@ class ModelSource:
         """Its row in the family table, if it has one."""
         return find_family(self.model_type)
 
+    @property
+    def public_name(self) -> str:
+        """What an adapter names as its base: a hub id, which means the same everywhere, or else the folder."""
+        is_local = self.name.startswith(EMBEDDED_PREFIX) or Path(self.name).expanduser().is_dir()
+        return str(self.folder) if is_local else self.name
+
     def list_weight_files(self) -> list[Path]:
         """The safetensors files."""
         return sorted(self.folder.glob("*.safetensors"))

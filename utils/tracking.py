@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,21 @@ class Tracker:
             self.tensorboard.close()
 
 
-def start_wandb(tracking: TrackingSection, run: Path, settings: dict[str, Any]) -> Any:
-    """Starts a wandb run that records the metrics and the recipe, and nothing of the machine, the code or the console.
+def check_tracking(tracking: TrackingSection, where: str) -> None:
+    """Refuses a tracker that could not start, before there is a run.
 
     Raises:
         MachineError: no key in the environment while wandb is online.
     """
+    if tracking.wandb and os.environ.get("WANDB_MODE", "online") == "online" and not os.environ.get("WANDB_API_KEY"):
+        fix = "put WANDB_API_KEY=… into .env, set WANDB_MODE=offline, or tracking.wandb: false"
+        raise MachineError("wandb needs a key", where=where, fix=fix, code="no-key")
+
+
+def start_wandb(tracking: TrackingSection, run: Path, settings: dict[str, Any]) -> Any:
+    """Starts a wandb run that records the metrics and the recipe, and nothing of the machine, the code or the console."""
     import wandb
 
-    if os.environ.get("WANDB_MODE", "online") == "online" and not os.environ.get("WANDB_API_KEY"):
-        fix = "put WANDB_API_KEY=… into .env, set WANDB_MODE=offline, or tracking.wandb: false"
-        raise MachineError("wandb needs a key", where="tracking.wandb", fix=fix, code="no-key")
     quiet = wandb.Settings(
         console="off",
         host="hidden",  # the machine's name is nobody's business
@@ -68,8 +73,6 @@ def start_tensorboard(folder: Path) -> Any:
 
 def write_event(writer: Any, step: int, numbers: Numbers) -> None:
     """Adds scalars to the event file."""
-    import time
-
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 

@@ -65,13 +65,13 @@ def run_training(run: PreparedRun) -> TrainingState:
     Raises:
         TrainingError: the numbers stopped being finite; run.json then says `failed`.
     """
+    tracker = Tracker(run.loaded.recipe.tracking, run.folder.path, run.loaded.recipe.model_dump(mode="json"))
     handler = add_log_file(run.folder.log_file)
     facts = collect_facts(run)
     run.folder.recipe_file.write_text(hide_secrets(format_resolved(run.loaded)), encoding="utf-8")
     run.folder.write_facts(facts)
     mark_latest(run.folder)
     log_start(run)
-    tracker = Tracker(run.loaded.recipe.tracking, run.folder.path, run.loaded.recipe.model_dump(mode="json"))
     try:
         state = train(make_parts(run, tracker))
         publish_weights(run, state)

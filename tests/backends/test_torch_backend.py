@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -367,3 +368,11 @@ def test_gradients_of_a_4_bit_base_survive_an_evaluation(tiny_llama: Path) -> No
     for name, gradient in before[1].items():
         assert gradient.abs().max() > 0
         torch.testing.assert_close(after[1][name], gradient)
+
+
+def test_an_adapter_names_the_hub_id_of_its_base_and_not_a_cache_folder(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = make_recipe("org/model")
+    model = torch_backend.load_model(ModelSource("org/model", tiny_llama, {}), recipe)
+    torch_backend.save_weights(torch_backend.attach_lora(model, recipe), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == "org/model"

@@ -43,6 +43,7 @@ class TorchModel:
     network: nn.Module
     plan: MachinePlan
     accelerator: Accelerator
+    base_name: str
 
 
 def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
@@ -82,7 +83,7 @@ def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
     network.eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    return TorchModel(network, plan, accelerator)
+    return TorchModel(network, plan, accelerator, source.public_name)
 
 
 def keep_quantised_weights_differentiable(network: nn.Module) -> None:
@@ -125,6 +126,8 @@ def attach_lora(model: TorchModel, recipe: Recipe) -> TorchModel:
         return replace(model, network=network)
     check_targets(model.network, recipe)
     network = get_peft_model(model.network, recipe.lora.to_peft_config())
+    # Loaded from a snapshot folder, peft would write that folder's path into the adapter.
+    network.peft_config["default"].base_model_name_or_path = model.base_name
     trained = replace(model, network=network)
     if count_parameters(trained)[0] == 0:
         raise RecipeError("the adapters have no trainable parameter", where="lora.target_modules", code="lora-target")
@@ -170,7 +173,11 @@ def load_adapter(model: TorchModel, folder: Path) -> TorchModel:
 
 def save_weights(model: TorchModel, folder: Path) -> None:
     """Writes what was trained: adapters in PEFT format, or the whole model when everything was."""
-    model.network.save_pretrained(str(folder))
+    if isinstance(model.network, PeftModel):
+        # "auto" would ask the hub whether the vocabulary was resized; it never is.
+        model.network.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        model.network.save_pretrained(str(folder))
 
 
 def merge_adapter(model: TorchModel) -> TorchModel:
