@@ -14,6 +14,7 @@ from utils.data_formats import Example
 from utils.sql_execution import execution_match
 
 RESAMPLES = 10_000
+MIN_ROWS = 5  # a bootstrap over one row has an interval of width 0
 LOWER_IS_BETTER: tuple[MetricName, ...] = ("loss", "perplexity")
 BINARY: tuple[MetricName, ...] = ("exact_match", "execution_accuracy")
 TITLES: dict[MetricName, str] = {
@@ -134,9 +135,11 @@ def bootstrap_difference(base: Floats, tuned: Floats, weights: Floats, *, expone
 
 
 def give_verdict(name: MetricName, comparison: Comparison) -> str:
-    """One sentence: better, worse, or not distinguishable."""
+    """One sentence: better, worse, not distinguishable, or too few rows to say."""
     text = f"{TITLES[name]} went from {format_value(name, comparison.base)} to {format_value(name, comparison.tuned)}"
     interval = f"95 % interval {format_change(name, comparison.low)} to {format_change(name, comparison.high)}"
+    if comparison.rows < MIN_ROWS:
+        return f"Cannot tell: {text}, but {comparison.rows} held-out rows are too few for an interval."
     if comparison.low <= 0 <= comparison.high:
         return f"No measurable change: {text} ({interval}, {comparison.rows} held-out rows)."
     better = (comparison.difference < 0) == (name in LOWER_IS_BETTER)

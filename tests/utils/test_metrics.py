@@ -167,3 +167,9 @@ def test_accuracies_are_told_in_percent_and_losses_in_nats() -> None:
     )
     text = give_verdict("loss", make_comparison(1.7301, 0.2299, -1.6, -1.4))
     assert "(nats per token) went from 1.730 to 0.230 (95 % interval -1.600 to -1.400" in text
+
+
+def test_one_row_gives_no_verdict() -> None:
+    # The bootstrap of a single row has an interval of width 0, which read «Better» with full certainty.
+    comparison = compare_losses([(10.0, 5)], [(9.9, 5)], perplexity=False)
+    assert give_verdict("loss", comparison).startswith("Cannot tell")
