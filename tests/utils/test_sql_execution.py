@@ -1,7 +1,6 @@
 """SQL from a model is found in its answer, cannot do harm, and is judged by its result."""
 
 import sqlite3
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +15,6 @@ INSERT INTO city VALUES ('Oslo', 'Norway', 700, 4.1), ('Bergen', 'Norway', 290, 
     ('Semi;colon', 'Italy', 10, 1.0);
 """
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n"
-NEEDS_SETLIMIT = pytest.mark.skipif(sys.version_info < (3, 11), reason="Connection.setlimit came with Python 3.11")
 
 
 @pytest.mark.parametrize(
@@ -145,12 +143,9 @@ def test_endless_rows_stop_at_the_row_limit() -> None:
     [
         "SELECT zeroblob(2000000000)",
         "SELECT length(hex(randomblob(900000000)))",
-        pytest.param("SELECT replace(printf('%100000d', 1), ' ', '0123456789')", marks=NEEDS_SETLIMIT),
-        pytest.param(
-            "WITH RECURSIVE s(x, i) AS (SELECT 'aaaaaaaa', 1 UNION ALL SELECT x || x, i + 1 FROM s WHERE i < 30) "
-            "SELECT x FROM s",
-            marks=NEEDS_SETLIMIT,
-        ),
+        "SELECT replace(printf('%100000d', 1), ' ', '0123456789')",
+        "WITH RECURSIVE s(x, i) AS (SELECT 'aaaaaaaa', 1 UNION ALL SELECT x || x, i + 1 FROM s WHERE i < 30) "
+        "SELECT x FROM s",
     ],
 )
 def test_a_huge_value_is_refused_at_once(sql: str) -> None:
