@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig, GenerationConfig
 
 Strings = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)]
+FormatName = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text", "preference"]
 MetricName = Literal["loss", "perplexity", "exact_match", "execution_accuracy"]
 
 
@@ -84,23 +85,56 @@ class ModelSection(Section):
         )
 
 
+class DataSource(Section):
+    """One file, glob or hub dataset of a mixture: `{source: data/chat.jsonl, weight: 2}`."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """File, glob, or hub dataset id (`HuggingFaceH4/ultrachat_200k`)."""
+    weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
+    """How often an epoch sees each of its training rows: 2 twice, 0.5 a seeded half of them."""
+    split: Annotated[str, Field(min_length=1)] = "train"
+    """Split of a hub dataset."""
+    subset: Annotated[str, Field(min_length=1)] | None = None
+    """Subset (configuration) of a hub dataset."""
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """Branch, tag or commit of a hub dataset; null takes its main branch."""
+    streaming: bool = False
+    """Read a hub dataset over the network row by row instead of downloading it first: for sets larger than the disk."""
+
+
+def name_shape(value: Any) -> str:
+    """Which of the shapes of `data.train` a value has, so that only the errors of that shape are reported."""
+    if isinstance(value, (list, tuple)):
+        return "list"
+    return "section" if isinstance(value, (dict, DataSource)) else "text"
+
+
+Text = Annotated[str, Field(min_length=1), Tag("text")]
+SourceSection = Annotated[DataSource, Tag("section")]
+Source = Annotated[Text | SourceSection, Discriminator(name_shape)]
+Sources = Annotated[tuple[Source, ...], Field(strict=False, min_length=1), Tag("list")]
+SourceOrList = Annotated[Text | SourceSection | Sources, Discriminator(name_shape)]
+
+
 class DataSection(Section):
     """Which rows are read, and how a row becomes tokens and a loss mask."""
 
-    train: Annotated[str, Field(min_length=1)] | Strings
-    """JSON or JSONL file with training rows, or a list of such files."""
-    eval: Annotated[str, Field(min_length=1)] | None = None
-    """File with held-out rows; null holds out `eval_fraction` of the training rows."""
+    train: SourceOrList
+    """Training rows: a file (JSON, JSONL, CSV or Parquet, also .gz), a glob, a hub dataset id, a section
+    `{source: …, weight: …}`, or a list of these."""
+    eval: SourceOrList | None = None
+    """Held-out rows, named like `train`; null holds out `eval_fraction` of the training rows."""
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Share of the training rows held out when `eval` is null; 0 trains on everything and evaluates nothing."""
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = "auto"
+    format: Literal["auto"] | FormatName = "auto"
     """Shape of the rows; auto recognises each row by its keys."""
     columns: dict[str, str] = {}
     """Renames columns before reading: `{question: prompt, answer: completion}`."""
     strategy: Literal["auto", "chat", "standard"] = "auto"
     """chat: the model's chat template. standard: a prompt template or raw text. auto: chat where the model has a template."""
     template: Annotated[str, Field(min_length=1)] = "auto"
-    """auto, a shipped template (`alpaca`, `raw`, `chatml`), or the path of a `.jinja` file."""
+    """auto, a shipped template (alpaca, chatml, gemma, llama2, llama3, mistral, phi, qwen, raw, vicuna, zephyr), the path
+    of a `.jinja` file, or Jinja text."""
     system: str | None = None
     """System message for rows that bring none; null leaves it to the chat template."""
     loss_on: Literal["assistant", "last", "all"] = "assistant"

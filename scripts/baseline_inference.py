@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from utils.seed_manager import SeedManager
 
     preflight = check_recipe(loaded)
-    examples = select_conversations(loaded, preflight)
+    examples = select_conversations(preflight)
     recipe = loaded.recipe
     source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
     backend = load_backend(recipe.backend)

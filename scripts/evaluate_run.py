@@ -34,12 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from utils.seed_manager import SeedManager
 
     folder.check_complete()
-    preflight = check_recipe(loaded)
+    preflight = check_recipe(loaded, folder)
     source = find_model(loaded.recipe.model, loaded.find_origin("model.name"), with_weights=True)
     backend = load_backend(loaded.recipe.backend)
     SeedManager(loaded.recipe.seed).seed_everything()
-    evaluation = evaluate_run(backend, loaded, preflight, source, folder)
-    examples, samples = preflight.data.evaluation_examples, loaded.recipe.evaluation.samples
+    examples, samples = preflight.read_evaluation_examples(), loaded.recipe.evaluation.samples
+    evaluation = evaluate_run(backend, preflight, examples, source, folder)
     verdict = write_report(folder, evaluation, examples, samples, str(folder.read_facts()["recipe"]))
     print_summary(evaluation, verdict)
     print(f"\nReport: {folder.report_file}")

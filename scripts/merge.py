@@ -38,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from utils.backends import load_backend
     from utils.merging import merge_run
     from utils.model_source import find_model
-    from utils.preflight import open_tokenizer
+    from utils.preflight import open_run_tokenizer
 
     source = find_model(loaded.recipe.model, loaded.find_origin("model.name"), with_weights=True)
-    tokenizer = open_tokenizer(loaded, source)
+    tokenizer = open_run_tokenizer(loaded, source, folder)
     drift = merge_run(load_backend(loaded.recipe.backend), loaded, source, folder, tokenizer, target)
     print(f"Merged and verified against the adapter: {drift}")
     print(f"Model folder: {target}")

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     check_tracking(loaded.recipe.tracking, loaded.find_origin("tracking.wandb"))
     preflight = check_recipe(loaded)
-    print_warnings(preflight)
+    print_warnings(preflight.warnings)
     print_first_example(preflight)
     recipe = loaded.recipe
     source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)

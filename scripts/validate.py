@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.show_recipe:
         print(format_resolved(loaded))
-    print_warnings(preflight)
+    print_warnings(preflight.warnings)
     print_first_example(preflight)
     for name, value in facts.items():
         print(f"{name.replace('_', ' ')}: {value}")

@@ -48,12 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def format_reference(schema: dict[str, Any]) -> Iterator[str]:
     """Yields the page: top-level keys, then one table for each section, in the order of the schema."""
-    sections = {key: re.search(r"#/\$defs/(\w+)", str(value)) for key, value in schema["properties"].items()}
+    source = schema["$defs"]["DataSource"]
+    sections = {key: re.search(r"#/\$defs/(\w+Section)", str(value)) for key, value in schema["properties"].items()}
     plain = {key: schema["properties"][key] for key, found in sections.items() if not found}
     yield from (TITLE, "", "## Top level", "", *format_table(plain))
     for key, section in [(key, schema["$defs"][found[1]]) for key, found in sections.items() if found]:
         yield f"\n## `{key}`\n\n{'Required' if key in schema['required'] else 'Optional'}. {section['description']}\n"
         yield from format_table(section["properties"])
+    yield f"\n## `DataSource`, in `data.train` and `data.eval`\n\n{source['description']}\n"
+    yield from format_table(source["properties"])
 
 
 def format_table(keys: dict[str, Any]) -> Iterator[str]:
@@ -61,13 +64,16 @@ def format_table(keys: dict[str, Any]) -> Iterator[str]:
     yield from ("| key | values | default | meaning |", "|---|---|---|---|")
     for key, value in keys.items():
         default = f"`{json.dumps(value['default'])}`".replace('"', "") if "default" in value else "required"
-        yield "| " + " | ".join((f"`{key}`", describe_values(value), default, value["description"])) + " |"
+        meaning = " ".join(value["description"].split())
+        yield f"| `{key}` | {describe_values(value)} | {default} | {meaning} |"
 
 
 def describe_values(value: dict[str, Any]) -> str:
     """Choices, or type and bounds; «or» joins alternatives."""
-    if "anyOf" in value:
-        return " or ".join(describe_values(part) for part in value["anyOf"])
+    if parts := value.get("anyOf", value.get("oneOf")):
+        return " or ".join(describe_values(part) for part in parts)
+    if "$ref" in value:
+        return f"`{value['$ref'].rpartition('/')[2]}`"
     if choices := value.get("enum", [value["const"]] if "const" in value else []):
         return ", ".join(f"`{choice}`" for choice in choices)
     if value["type"] == "array":

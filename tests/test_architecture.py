@@ -133,7 +133,7 @@ def test_frameworks_are_imported_at_the_top_of_back_ends_only() -> None:
     assert wrong == []
 
 
-def test_inside_functions_only_the_tokenizer_and_the_schemas_conversions_import_a_framework() -> None:
+def test_inside_functions_only_tokenizer_hub_datasets_and_the_schemas_conversions_import_a_framework() -> None:
     conversions = [
         node for node in ast.walk(TREES[SCHEMA]) if isinstance(node, Function) and node.name.startswith("to_")
     ]
@@ -144,8 +144,10 @@ def test_inside_functions_only_the_tokenizer_and_the_schemas_conversions_import_
             continue
         for node, target, at_top in iterate_imports(path):
             top = target.split(".")[0]
-            is_light = top in ("transformers", "peft") and (
-                is_in(path, "utils/tokenizer_utils.py") or id(node) in allowed
+            is_light = (
+                (top == "transformers" and is_in(path, "utils/tokenizer_utils.py"))
+                or (top == "datasets" and is_in(path, "utils/data_sources.py"))
+                or (top in ("transformers", "peft") and id(node) in allowed)
             )
             if top in FRAMEWORKS and not at_top and not is_light:
                 wrong.append(f"{show(path, node)} imports {target}")
@@ -311,7 +313,7 @@ def test_every_function_is_annotated() -> None:
         for function, parent in iterate_functions(path):
             given = function.args
             every = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
-            if isinstance(parent, ast.ClassDef) and every and every[0].arg in ("self", "cls"):
+            if isinstance(parent, ast.ClassDef) and every and every[0].arg in ("self", "cls", "__self"):
                 every = every[1:]
             if function.returns is None or any(argument.annotation is None for argument in every):
                 wrong.append(f"{show(path, function)} {function.name}")

@@ -265,7 +265,7 @@ def test_problems_for_programs_are_json_on_stdout(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == ""
     assert answer["ok"] is False
-    assert [set(problem) for problem in answer["problems"]] == [{"code", "where", "message", "fix"}]
+    assert [set(problem) for problem in answer["problems"]] == [{"code", "where", "message", "fix", "severity"}]
     assert answer["problems"][0]["code"] == "unknown-key"
     assert answer["problems"][0]["where"] == f"{path}:11"
 

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from config.recipe_io import iterate_schema_keys
-from config.structured_config import Recipe
+from config.recipe_errors import iterate_schema_keys
+from config.structured_config import DataSource, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, SCHEMA = ROOT / "docs" / "recipe_reference.md", ROOT / "docs" / "recipe.schema.json"
@@ -50,7 +50,8 @@ def test_every_key_of_the_schema_stands_under_its_section() -> None:
             listed.add(section + line.split("`")[1])
             assert "| |" not in line, f"no meaning: {line}"
 
-    assert listed == set(iterate_schema_keys(Recipe))
+    sources = {f"DataSource.{key}" for key in ("", *DataSource.model_fields)}
+    assert listed == set(iterate_schema_keys(Recipe)) | {name.rstrip(".") for name in sources}
 
 
 def test_json_schema_refuses_unknown_keys_everywhere() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from utils.tokenizer_utils import EncodedExample
+from utils.piece_encoder import EncodedExample
 
 
 @dataclass(frozen=True)

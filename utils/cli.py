@@ -70,7 +70,8 @@ def load_environment() -> None:
 def report_error(error: TunebookError, *, as_json: bool) -> None:
     """Prints the problems: JSON for programs on stdout, lines for people on stderr."""
     if as_json:
-        print(json.dumps({"ok": False, "problems": [problem.to_json() for problem in error.problems]}, indent=2))
+        text = json.dumps({"ok": False, "problems": [problem.to_json() for problem in error.problems]}, indent=2)
+        print(hide_secrets(text))
         return
     for problem in error.problems:
         print(hide_secrets(f"error: {problem}"), file=sys.stderr)

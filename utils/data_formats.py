@@ -1,21 +1,48 @@
 """Rows → examples: one function for each format, each with the row it reads in its docstring.
 
-Every conversation becomes a tuple of messages `{"role": …, "content": …}`; raw text stays text. What a row holds besides
-(a level, a database for execution accuracy) travels along in `fields`.
+Every conversation becomes a tuple of messages in one form, whatever the row's spelling; raw text stays text. What a row
+holds besides (a level, a database for execution accuracy) travels along in `fields`. Each format of conversations also reads
+the columns `system` (the system message) and `tools` (function schemas).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
+from config.structured_config import FormatName as FormatName
 from utils.data_loading import Row, raise_problems
 from utils.exceptions import DataError, Problem
+from utils.messages import Message as Message
+from utils.messages import check_message as check_message
+from utils.messages import check_messages, check_optional_text, check_order, check_tools, check_turns, parse_list
+from utils.messages import check_text as check_text
 
-FormatName = Literal["messages", "prompt_completion", "alpaca", "text"]
-Message = dict[str, str]
-ROLES = ("system", "user", "assistant")
+SHAREGPT = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+# Columns of well-known data sets under other names; only used to suggest `data.columns`.
+OTHER_NAMES = {
+    **dict.fromkeys(("dialog", "dialogue", "chat"), "messages"),
+    **dict.fromkeys(("query", "problem"), "question"),
+    "conversation": "conversations",
+    "response": "output",
+    "solution": "answer",
+    "target": "completion",
+    **dict.fromkeys(("content", "document"), "text"),
+}
 
 
 @dataclass(frozen=True)
@@ -24,10 +51,12 @@ class Example:
 
     Attributes:
         format: the format that it was written in.
-        messages: the conversation, ending with the assistant; empty for raw text.
+        messages: the conversation, ending with the assistant; for preference prompt and chosen answer; empty for raw text.
         text: raw text, or None for a conversation.
         where: `file:line`.
         fields: the whole row, for metrics that need more than the text.
+        tools: function schemas in OpenAI's form.
+        rejected: preference only: prompt and rejected answer.
     """
 
     format: FormatName
@@ -35,6 +64,8 @@ class Example:
     text: str | None
     where: str
     fields: dict[str, Any]
+    tools: tuple[dict[str, Any], ...] = ()
+    rejected: tuple[Message, ...] = ()
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -44,40 +75,90 @@ class Example:
     @property
     def answer(self) -> str:
         """What the model should say: the last assistant turn."""
-        return self.messages[-1]["content"]
+        return str(self.messages[-1]["content"])
 
 
 def read_messages(row: Row) -> Example:
     """Reads `{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}`."""
-    return Example("messages", check_messages(row.fields["messages"], row.where), None, row.where, row.fields)
+    return make_example("messages", row, check_messages(row.fields["messages"], row.where))
+
+
+def read_sharegpt(row: Row) -> Example:
+    """Reads `{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}`."""
+    turns = parse_list(row.fields["conversations"], "conversations", row.where)
+    if not isinstance(turns, list) or not turns:
+        fix = 'write [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]'
+        raise DataError("conversations must be a list of turns", where=row.where, fix=fix, code="not-messages")
+    messages = [translate_turn(turn, index, row.where) for index, turn in enumerate(turns)]
+    return make_example("sharegpt", row, check_messages(messages, row.where))
+
+
+def translate_turn(turn: Any, index: int, where: str) -> Any:
+    """A ShareGPT turn as a message; a turn that has role and content already is one."""
+    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+        if isinstance(turn, dict) and "role" in turn:
+            return turn
+        fix = 'write {"from": "human", "value": "…"}'
+        raise DataError(f"turn {index + 1} lacks from or value", where=where, fix=fix, code="not-messages")
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    speaker = turn["from"]
+    if speaker == "function_call":
+        return {**rest, "role": "assistant", "content": None, "tool_calls": turn["value"]}
+    if not isinstance(speaker, str) or speaker not in SHAREGPT:
+        fix = f"ShareGPT roles are {', '.join(SHAREGPT)}, function_call"
+        raise DataError(f"turn {index + 1} is from {speaker!r}", where=where, fix=fix, code="unknown-role")
+    return {**rest, "role": SHAREGPT[speaker], "content": turn["value"]}
+
+
+def read_alpaca(row: Row) -> Example:
+    """Reads `{"instruction": "Translate to French.", "input": "cheese", "output": "fromage"}`.
+
+    `input` may be absent or "". `history` holds earlier turns: `[["Hi", "Hello!"], …]`.
+    """
+    fields, where = row.fields, row.where
+    instruction = check_text(fields["instruction"], "instruction", where)
+    given = check_optional_text(fields.get("input"), "input", where)
+    user: Message = {"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction}
+    if given:
+        # Chat templates read `content` alone; the alpaca template shows instruction and input in sections of their own.
+        user |= {"instruction": instruction, "input": given}
+    answer: Message = {"role": "assistant", "content": check_text(fields["output"], "output", where)}
+    earlier = read_history(fields["history"], where) if fields.get("history") else []
+    return make_example("alpaca", row, (*earlier, user, answer))
+
+
+def read_history(value: Any, where: str) -> list[Message]:
+    """Earlier turns of an alpaca row, as pairs of question and answer."""
+    history = parse_list(value, "history", where)
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        fix = 'write [["question", "answer"], …]'
+        raise DataError("history must be a list of pairs", where=where, fix=fix, code="not-messages")
+    roles = ("user", "assistant")
+    return [
+        {"role": role, "content": check_text(text, f"history, turn {number}", where)}
+        for number, pair in enumerate(history, start=1)
+        for role, text in zip(roles, pair, strict=True)
+    ]
 
 
 def read_prompt_completion(row: Row) -> Example:
     """Reads `{"prompt": "2 + 2 =", "completion": " 4"}`; both may also be lists of messages."""
     prompt, completion = row.fields["prompt"], row.fields["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        messages = check_messages([*prompt, *completion], row.where)
-    else:
-        # A completion may start with the space that separates it from its prompt, so neither side is stripped.
-        messages = (
-            {"role": "user", "content": check_text(prompt, "prompt", row.where)},
-            {"role": "assistant", "content": check_text(completion, "completion", row.where)},
-        )
-    return Example("prompt_completion", messages, None, row.where, row.fields)
+        return make_example("prompt_completion", row, check_messages([*prompt, *completion], row.where))
+    # A completion may start with the space that separates it from its prompt, so neither side is stripped.
+    user = {"role": "user", "content": check_text(prompt, "prompt", row.where)}
+    answer = {"role": "assistant", "content": check_text(completion, "completion", row.where)}
+    return make_example("prompt_completion", row, (user, answer))
 
 
-def read_alpaca(row: Row) -> Example:
-    """Reads `{"instruction": "Translate to French.", "input": "cheese", "output": "fromage"}`; `input` may be absent or ""."""
-    instruction = check_text(row.fields["instruction"], "instruction", row.where)
-    given = check_optional_text(row.fields.get("input"), "input", row.where)
-    user = {"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction}
-    if given:
-        # Chat templates read `content` alone; the alpaca template shows instruction and input in sections of their own.
-        user |= {"instruction": instruction, "input": given}
-    answer = {"role": "assistant", "content": check_text(row.fields["output"], "output", row.where)}
-    system = check_optional_text(row.fields.get("system"), "system", row.where)
-    first = [{"role": "system", "content": system}] if system else []
-    return Example("alpaca", (*first, user, answer), None, row.where, row.fields)
+def read_question_answer(row: Row) -> Example:
+    """Reads `{"question": "Who wrote it?", "answer": "Ada."}`; a `context` is put before the question."""
+    question = check_text(row.fields["question"], "question", row.where)
+    if context := check_optional_text(row.fields.get("context"), "context", row.where):
+        question = f"{context}\n\n{question}"
+    answer = {"role": "assistant", "content": check_text(row.fields["answer"], "answer", row.where)}
+    return make_example("question_answer", row, ({"role": "user", "content": question}, answer))
 
 
 def read_text(row: Row) -> Example:
@@ -85,13 +166,85 @@ def read_text(row: Row) -> Example:
     return Example("text", (), check_text(row.fields["text"], "text", row.where), row.where, row.fields)
 
 
+def read_preference(row: Row) -> Example:
+    """Reads `{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}`, the three also as lists of messages.
+
+    Without `prompt`, chosen and rejected are two whole conversations that differ in their last answer.
+    """
+    fields, where = row.fields, row.where
+    prompt = fields.get("prompt")
+    chosen, rejected = (make_side(prompt, fields[name], name, where) for name in ("chosen", "rejected"))
+    if list(map(normalise, chosen[:-1])) != list(map(normalise, rejected[:-1])):
+        text = "chosen and rejected answer different prompts"
+        raise DataError(text, where=where, fix="they may differ in the last answer only", code="prompts-differ")
+    if normalise(chosen[-1]) == normalise(rejected[-1]):
+        fix = "remove the row: there is nothing to prefer"
+        raise DataError("chosen and rejected are the same", where=where, fix=fix, code="identical-pair")
+    example = make_example("preference", row, chosen)
+    prompt_length = len(example.messages) - 1
+    return Example(
+        "preference",
+        example.messages,
+        None,
+        where,
+        fields,
+        example.tools,
+        (*example.messages[:prompt_length], rejected[-1]),
+    )
+
+
+def normalise(message: Message) -> Message:
+    """A message in which white space does not count."""
+    return {**message, "content": " ".join(message["content"].split())}
+
+
+def make_side(prompt: Any, answer: Any, name: str, where: str) -> tuple[Message, ...]:
+    """The conversation that ends with the chosen or the rejected answer."""
+    if isinstance(answer, str) and prompt is None:
+        fix = "add a column prompt, or write chosen and rejected as lists of messages"
+        raise DataError(f"{name} is text, and there is no prompt", where=where, fix=fix, code="missing-column")
+    asked: list[Any] = []
+    if isinstance(prompt, list):
+        asked = list(check_turns(prompt, where))
+        check_order(asked, where)
+    elif prompt is not None:
+        asked = [{"role": "user", "content": check_text(prompt, "prompt", where)}]
+    if not isinstance(answer, list):
+        return check_messages([*asked, {"role": "assistant", "content": check_text(answer, name, where)}], where)
+    turns = check_turns(answer, where)
+    if turns[0]["role"] in ("assistant", "tool"):
+        return check_messages([*asked, *turns], where)
+    # A whole conversation beside a prompt, as many sets have it: the prompt must be a part of it.
+    texts = [" ".join(turn["content"].split()) for turn in turns[:-1]]
+    if any(" ".join(turn["content"].split()) not in texts for turn in asked):
+        fix = "remove the column prompt, or the prompt's messages from chosen and rejected"
+        raise DataError(f"{name} is a conversation with another prompt", where=where, fix=fix, code="prompts-differ")
+    return check_messages(list(turns), where)
+
+
 # Order matters for detection only: the first format whose keys are all there is taken.
 READERS: dict[FormatName, tuple[tuple[str, ...], Callable[[Row], Example]]] = {
+    "preference": (("chosen", "rejected"), read_preference),
     "messages": (("messages",), read_messages),
-    "prompt_completion": (("prompt", "completion"), read_prompt_completion),
+    "sharegpt": (("conversations",), read_sharegpt),
     "alpaca": (("instruction", "output"), read_alpaca),
+    "prompt_completion": (("prompt", "completion"), read_prompt_completion),
+    "question_answer": (("question", "answer"), read_question_answer),
     "text": (("text",), read_text),
 }
+
+
+def make_example(name: FormatName, row: Row, messages: tuple[Message, ...]) -> Example:
+    """An example of a conversation, with the row's `system` and `tools`."""
+    fields = row.fields
+    if "system" in fields and (system := check_optional_text(fields["system"], "system", row.where)):
+        if messages[0]["role"] != "system":
+            messages = ({"role": "system", "content": system}, *messages)
+        elif messages[0]["content"].strip() != system.strip():
+            text = "the column system and the system message differ"
+            raise DataError(text, where=row.where, fix="keep one of the two", code="role-order")
+    tools = check_tools(fields["tools"], row.where) if "tools" in fields else ()
+    return Example(name, messages, None, row.where, fields, tools)
 
 
 def read_examples(rows: Sequence[Row], format_name: FormatName | Literal["auto"] = "auto") -> list[Example]:
@@ -114,7 +267,7 @@ def read_examples(rows: Sequence[Row], format_name: FormatName | Literal["auto"]
 def read_example(row: Row, format_name: FormatName | Literal["auto"]) -> Example:
     """Reads one row in the named format, or in the one that its keys say."""
     if format_name == "auto":
-        format_name = detect_format(row)
+        return READERS[detect_format(row)][1](row)
     keys, reader = READERS[format_name]
     if missing := [key for key in keys if key not in row.fields]:
         fix = f"rename a column with data.columns; columns here: {', '.join(row.fields) or 'none'}"
@@ -123,69 +276,29 @@ def read_example(row: Row, format_name: FormatName | Literal["auto"]) -> Example
 
 
 def detect_format(row: Row) -> FormatName:
-    """The first format whose keys the row has."""
-    for name, (keys, _) in READERS.items():
-        if all(key in row.fields for key in keys):
-            return name
+    """The first format whose keys the row has; a null counts as absent where another format has values."""
+    fields = row.fields
+    if None in fields.values():
+        fields = {key: value for key, value in fields.items() if value is not None}
+    found = find_format(tuple(fields)) or find_format(tuple(row.fields))
+    if found is None:
+        raise make_format_error(row)
+    return found
+
+
+@lru_cache(maxsize=1024)
+def find_format(columns: tuple[str, ...]) -> FormatName | None:
+    """The first format whose keys are among the columns; cached, for the rows of a file have the same ones."""
+    return next((name for name, (keys, _) in READERS.items() if set(keys) <= set(columns)), None)
+
+
+def make_format_error(row: Row) -> DataError:
+    """The complaint about columns of no known format, with a renaming that would help."""
     shapes = "; ".join(f"{name}: {' + '.join(keys)}" for name, (keys, _) in READERS.items())
-    fix = f"rename with data.columns to one of {shapes}"
+    renamed = {OTHER_NAMES.get(name, name) for name in row.fields}
+    guesses = [keys for keys, _ in READERS.values() if renamed.issuperset(keys)]
+    pairs = [f"{old}: {new}" for old, new in OTHER_NAMES.items() if guesses and old in row.fields and new in guesses[0]]
+    example = f"data.columns: {{{', '.join(pairs)}}}, or " if pairs else ""
+    fix = f"{example}rename with data.columns to one of {shapes}"
     message = f"no known format has the columns {', '.join(row.fields) or '(none)'}"
-    raise DataError(message, where=row.where, fix=fix, code="unknown-format")
-
-
-def check_text(value: Any, name: str, where: str) -> str:
-    """Text with something in it."""
-    if not isinstance(value, str):
-        raise DataError(f"{name} must be text, not {type(value).__name__}", where=where, code="not-text")
-    if not value.strip():
-        raise DataError(f"{name} is empty", where=where, fix="fill it in or remove the row", code="empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        message = f"{name} holds half of a character (a lone surrogate)"
-        raise DataError(message, where=where, fix="write the text anew as UTF-8", code="not-text") from error
-    return value
-
-
-def check_optional_text(value: Any, name: str, where: str) -> str:
-    """Text, or nothing where the key is absent, null or blank."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return ""
-    return check_text(value, name, where)
-
-
-def check_messages(value: Any, where: str) -> tuple[Message, ...]:
-    """A conversation: an optional system message, then user and assistant in turns, ending with the assistant."""
-    if not isinstance(value, list) or not value:
-        raise DataError("messages must be a list with at least one message", where=where, code="not-messages")
-    messages = tuple(check_message(message, index, where) for index, message in enumerate(value))
-    turns = messages[1:] if messages[0]["role"] == "system" else messages
-    for index, message in enumerate(turns):
-        expected = ("user", "assistant")[index % 2]
-        if message["role"] != expected:
-            text = f"turn {index + 1} is {message['role']}, and {expected} should come here"
-            fix = "user and assistant take turns, the user first"
-            raise DataError(text, where=where, fix=fix, code="role-order")
-    if not turns or turns[-1]["role"] != "assistant":
-        fix = "add the answer, or remove the row"
-        raise DataError("the last message is not the assistant's", where=where, fix=fix, code="no-answer")
-    return messages
-
-
-def check_message(message: Any, index: int, where: str) -> Message:
-    """One message with a known role and text content."""
-    if not isinstance(message, dict) or "role" not in message or "content" not in message:
-        fix = 'write {"role": "user", "content": "…"}'
-        raise DataError(f"message {index + 1} lacks role or content", where=where, fix=fix, code="not-messages")
-    if message["role"] not in ROLES:
-        raise DataError(
-            f"message {index + 1} has the unknown role {message['role']!r}",
-            where=where,
-            fix=f"roles are {', '.join(ROLES)}",
-            code="unknown-role",
-        )
-    if unread := [key for key in ("tool_calls", "function_call") if message.get(key)]:
-        fix = "remove it from the row"
-        text = f"message {index + 1} has {unread[0]}, which this version cannot train on"
-        raise DataError(text, where=where, fix=fix, code="tool-calls")
-    return {"role": message["role"], "content": check_text(message["content"], f"message {index + 1}", where)}
+    return DataError(message, where=row.where, fix=fix, code="unknown-format")

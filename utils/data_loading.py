@@ -1,4 +1,7 @@
-"""Files → rows. A row is a plain dictionary that remembers its `file:line`."""
+"""Files → rows, one at a time. A row is a plain dictionary that remembers its `file:line`.
+
+Nothing but a JSON array is ever in memory as a whole, so a file may be larger than the machine's memory.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,18 @@ import difflib
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils.exceptions import DataError, Problem
+from utils.file_lines import iterate_chunks, iterate_lines, make_line_problem, read_utf8
 
 SHOWN_PROBLEMS = 5
-SUFFIXES = (".json", ".jsonl", ".ndjson")
+SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".parquet")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a data file.
+class Row(NamedTuple):
+    """One row of a data file. A tuple, because it is made a hundred thousand times a second.
 
     Attributes:
         fields: the row as written, columns already renamed.
@@ -30,23 +32,26 @@ class Row:
 
 
 def load_rows(paths: str | Sequence[str], columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Reads every row of one or several JSON or JSONL files, in order.
+    """Reads every row of one or several data files into memory, in order.
 
     Args:
         paths: file, or list of files.
         columns: old name → new name.
 
     Raises:
-        DataError: a file is missing, unreadable or empty, or rows are not JSON objects; all bad rows are counted.
+        DataError: a file is missing, unreadable or empty, or holds bad rows; all of them are counted.
     """
     rows: list[Row] = []
     problems: list[Problem] = []
     for path in [paths] if isinstance(paths, str) else paths:
-        found_rows, found_problems = read_file(Path(path))
-        rows += found_rows
-        problems += found_problems
+        for found in iterate_file(Path(path)):
+            row = rename_row(found, columns) if columns and isinstance(found, Row) else found
+            if isinstance(row, Row):
+                rows.append(row)
+            else:
+                problems.append(row)
     raise_problems(problems)
-    return rename_rows(rows, columns) if columns else rows
+    return rows
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
@@ -59,64 +64,55 @@ def raise_problems(problems: Sequence[Problem]) -> None:
     raise DataError.from_problems(shown)
 
 
-def read_file(path: Path) -> tuple[list[Row], list[Problem]]:
-    """Reads one file completely; bad rows become problems, so that all of them can be reported at once."""
-    text = read_data_text(path)
-    if text.lstrip()[:1] == "[":
-        return read_json_array(text, path)
-    rows: list[Row] = []
-    problems: list[Problem] = []
-    # Not splitlines(): it also breaks at U+2028 and form feeds, which are legal inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            rows.append(make_row(json.loads(line), where))
-        except (ValueError, RecursionError) as error:
-            fix = "each line must be one JSON object"
-            problems.append(Problem("not-json", f"not JSON: {describe_json_error(error)}", where, fix))
-        except DataError as error:
-            problems += error.problems
-    if not rows and not problems:
-        raise DataError("holds no rows", where=str(path), fix="write one JSON object per line", code="no-rows")
-    return rows, problems
+def iterate_file(path: Path) -> Iterator[Row | Problem]:
+    """Yields the rows of one file in order; a bad row is yielded as a problem, so that all of them can be reported.
+
+    Raises:
+        DataError: no such file, a kind that is not read, or a file that breaks off, is damaged or holds no rows.
+    """
+    kind = check_file(path)
+    if kind in (".csv", ".parquet"):
+        # Behind the suffix, so that JSONL never loads a table reader.
+        from utils.table_files import iterate_csv, iterate_parquet
+
+        found = iterate_csv(path) if kind == ".csv" else iterate_parquet(path)
+    elif starts_with_bracket(path):
+        found = iterate_json_array(path)
+    else:
+        found = iterate_json_lines(path, is_json=kind == ".json")
+    first = next(found, None)
+    if first is None:
+        fix = "put rows into it, or leave it out"
+        raise DataError("holds no rows", where=str(path), fix=fix, code="no-rows")
+    yield first
+    yield from found
 
 
-def read_data_text(path: Path) -> str:
-    """Reads a data file as UTF-8 text."""
+def check_file(path: Path) -> str:
+    """Refuses what is no data file.
+
+    Returns:
+        The suffix that says how it is read, one of `SUFFIXES`.
+    """
     if not path.exists():
         raise DataError("no such data file", where=str(path), fix=suggest_path(path), code="no-file")
     if not path.is_file():
-        raise DataError("is a folder, not a file", where=str(path), fix="name a .jsonl file in it", code="no-file")
-    if path.suffix not in SUFFIXES:
-        fix = f"convert it to JSONL; read here: {', '.join(SUFFIXES)}"
-        raise DataError(f"files that end in {path.suffix or 'nothing'} cannot be read", where=str(path), fix=fix)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=str(path), code="unreadable") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(
-            "is not UTF-8 text", where=f"{path}:{line}", fix="save it as UTF-8", code="unreadable"
-        ) from error
+        raise DataError("is a folder, not a file", where=str(path), fix=suggest_files(path), code="no-file")
+    kind = find_kind(path)
+    if kind is None:
+        fix = f"convert it to JSONL; read here: {', '.join(SUFFIXES)}, and .gz of all but .parquet"
+        text = f"files that end in {path.suffix or 'nothing'} cannot be read"
+        raise DataError(text, where=str(path), fix=fix, code="unknown-file")
+    return kind
 
 
-def read_text_lines(path: Path) -> list[str]:
-    """Non-empty lines of a UTF-8 text file."""
-    if not path.is_file():
-        raise DataError("no such file", where=str(path), fix=suggest_path(path), code="no-file")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read as UTF-8 text: {error}", where=str(path), code="unreadable") from error
-    found = [line for line in lines if line.strip()]
-    if not found:
-        raise DataError("holds no lines", where=str(path), fix="write one prompt a line", code="no-rows")
-    return found
+def find_kind(path: Path) -> str | None:
+    """The suffix below `.gz`, in small letters; None when such files are not read."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        suffix = Path(path.stem).suffix.lower()
+        return suffix if suffix in SUFFIXES and suffix != ".parquet" else None
+    return suffix if suffix in SUFFIXES else None
 
 
 def suggest_path(path: Path) -> str:
@@ -124,17 +120,70 @@ def suggest_path(path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
         return f"the folder {parent} does not exist either; paths are relative to {Path.cwd()}"
-    names = [entry.name for entry in parent.iterdir() if entry.suffix in SUFFIXES]
+    names = list_data_files(parent)
     near = difflib.get_close_matches(path.name, names, n=1)
     if near:
         return f"did you mean {parent / near[0]}?"
-    return f"data files there: {', '.join(sorted(names)[:8]) or 'none'}; paths are relative to {Path.cwd()}"
+    return f"data files there: {', '.join(names[:8]) or 'none'}; paths are relative to {Path.cwd()}"
 
 
-def read_json_array(text: str, path: Path) -> tuple[list[Row], list[Problem]]:
-    """Reads a file that is one JSON array, keeping the line on which each element starts."""
-    rows: list[Row] = []
-    problems: list[Problem] = []
+def suggest_files(folder: Path) -> str:
+    """What to write instead of a folder: one of its files, or a glob."""
+    names = list_data_files(folder)
+    if not names:
+        return "name a data file; there is none in this folder"
+    return f"name one of {', '.join(names[:8])}; or {folder / ('*' + Path(names[0]).suffix)}"
+
+
+def list_data_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that can be read as rows."""
+    return sorted(entry.name for entry in folder.iterdir() if find_kind(entry))
+
+
+def iterate_json_lines(path: Path, *, is_json: bool) -> Iterator[Row | Problem]:
+    """Yields the rows of a file with one JSON object a line; blank lines are skipped but counted.
+
+    Args:
+        is_json: the file ends in `.json`, so that its first line may be the beginning of one large object.
+    """
+    decode = json.JSONDecoder().raw_decode
+    name = str(path)
+    for number, line in iterate_lines(path):
+        if line is None:
+            yield make_line_problem(f"{name}:{number}", is_long=True)
+            continue
+        line = line.strip(b" \t\r")
+        if not line:
+            continue
+        try:
+            text = line.decode()
+            fields, end = decode(text)
+            if end == len(text) and type(fields) is dict:
+                yield Row(fields, f"{name}:{number}")
+                is_json = False
+                continue
+            yield make_row(json.loads(text), f"{name}:{number}")  # not an object, or something follows it
+        except UnicodeDecodeError:
+            yield make_line_problem(f"{name}:{number}", is_long=False)
+        except (ValueError, RecursionError) as error:
+            if not text.strip():
+                continue
+            if is_json and isinstance(error, json.JSONDecodeError) and error.pos >= len(text) - 1:
+                fix = "write an array [ … ] of objects, or one object a line"
+                raise DataError("is one object over several lines", where=name, fix=fix, code="not-json") from error
+            is_json = False
+            fix = "each line must be one JSON object"
+            yield Problem("not-json", f"not JSON: {describe_json_error(error)}", f"{name}:{number}", fix)
+
+
+def starts_with_bracket(path: Path) -> bool:
+    """True for a file that is one JSON array, whatever its suffix."""
+    return next(iterate_chunks(path), b"").lstrip()[:1] == b"["
+
+
+def iterate_json_array(path: Path) -> Iterator[Row | Problem]:
+    """Yields the elements of a file that is one JSON array, with the line on which each starts; reads it whole."""
+    text = read_utf8(path)
     decoder = json.JSONDecoder()
     position, line = text.index("[") + 1, 1
     counted = 0
@@ -145,21 +194,15 @@ def read_json_array(text: str, path: Path) -> tuple[list[Row], list[Problem]]:
         if text[position : position + 1] == "]":
             if rest := text[position + 1 :].lstrip():
                 line += text.count("\n", counted, len(text) - len(rest))
-                problems.append(Problem("not-json", "something follows the end of the array", f"{path}:{line}"))
-            break
+                yield Problem("not-json", "something follows the end of the array", f"{path}:{line}")
+            return
         try:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             line = error.lineno if isinstance(error, json.JSONDecodeError) else line
-            problems.append(Problem("not-json", f"not JSON: {describe_json_error(error)}", f"{path}:{line}"))
-            return rows, problems
-        try:
-            rows.append(make_row(value, f"{path}:{line}"))
-        except DataError as error:
-            problems += error.problems
-    if not rows and not problems:
-        raise DataError("holds no rows", where=str(path), fix="put objects into the array", code="no-rows")
-    return rows, problems
+            yield Problem("not-json", f"not JSON: {describe_json_error(error)}", f"{path}:{line}")
+            return
+        yield make_row(value, f"{path}:{line}")
 
 
 def describe_json_error(error: Exception) -> str:
@@ -169,37 +212,35 @@ def describe_json_error(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else "a number with too many digits"
 
 
-def make_row(value: Any, where: str) -> Row:
+def make_row(value: Any, where: str) -> Row | Problem:
     """Wraps a decoded value, which must be a JSON object."""
-    if not isinstance(value, dict):
-        message = f"a row must be a JSON object, not {type(value).__name__}"
-        raise DataError(message, where=where, fix='write {"messages": […]} or {"text": …}', code="not-object")
-    return Row(value, where)
+    if isinstance(value, dict):
+        return Row(value, where)
+    message = f"a row must be a JSON object, not {type(value).__name__}"
+    return Problem("not-object", message, where, 'write {"messages": […]} or {"text": …}')
 
 
-def rename_rows(rows: Sequence[Row], columns: Mapping[str, str]) -> list[Row]:
-    """Applies `data.columns` to every row; a name that a row lacks is an error, for it is a typo more often than not.
-
-    Raises:
-        DataError: rows that lack a named column, or have one of the new name already.
-    """
-    renamed: list[Row] = []
-    problems: list[Problem] = []
-    for row in rows:
+def rename_row(row: Row, columns: Mapping[str, str]) -> Row | Problem:
+    """Applies `data.columns` to a row; a name that the row lacks is a problem, for it is a typo more often than not."""
+    names = [columns.get(name, name) for name in row.fields]
+    if missing := [name for name in columns if name not in row.fields]:
         fix = f"columns here: {', '.join(row.fields)}"
-        missing = [name for name in columns if name not in row.fields]
-        names = [columns.get(name, name) for name in row.fields]
-        if missing:
-            text = f"data.columns names {missing[0]!r}, which this row lacks"
-            problems.append(Problem("missing-column", text, row.where, fix))
-        elif len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            text = f"data.columns would put two columns into {twice!r}"
-            problems.append(Problem("column-collision", text, row.where, fix))
-        else:
-            renamed.append(Row(dict(zip(names, row.fields.values(), strict=True)), row.where))
-    raise_problems(problems)
-    return renamed
+        return Problem("missing-column", f"data.columns names {missing[0]!r}, which this row lacks", row.where, fix)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        fix = f"columns here: {', '.join(row.fields)}"
+        return Problem("column-collision", f"data.columns would put two columns into {twice!r}", row.where, fix)
+    return Row(dict(zip(names, row.fields.values(), strict=True)), row.where)
+
+
+def read_text_lines(path: Path) -> list[str]:
+    """Non-empty lines of a UTF-8 text file."""
+    if not path.is_file():
+        raise DataError("no such file", where=str(path), fix=suggest_path(path), code="no-file")
+    found = [line for line in read_utf8(path).replace("\r\n", "\n").split("\n") if line.strip()]
+    if not found:
+        raise DataError("holds no lines", where=str(path), fix="write one prompt a line", code="no-rows")
+    return found
 
 
 def split_rows(rows: Sequence[Row], eval_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

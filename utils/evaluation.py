@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from config.recipe_io import LoadedRecipe
 from config.structured_config import MetricName, Recipe
 from utils.backends import Backend
+from utils.data_formats import Example
 from utils.exceptions import DataError
 from utils.inference import Responder, encode_prompts, make_settings
 from utils.methods.sft import make_evaluation_batches
@@ -38,22 +39,25 @@ class Evaluation:
 
 
 def evaluate_run(
-    backend: Backend, loaded: LoadedRecipe, preflight: Preflight, source: ModelSource, folder: RunFolder
+    backend: Backend, preflight: Preflight, examples: Sequence[Example], source: ModelSource, folder: RunFolder
 ) -> Evaluation:
     """Scores base and trained model on the recipe's held-out rows.
+
+    Args:
+        examples: these rows as text.
 
     Raises:
         DataError: there are no held-out rows.
     """
-    recipe = loaded.recipe
+    loaded, recipe = preflight.loaded, preflight.loaded.recipe
     if not preflight.data.evaluation:
         where = loaded.find_origin("data.eval_fraction")
         raise DataError("there are no held-out rows to evaluate on", where=where, fix="set data.eval", code="no-eval")
     metrics = recipe.evaluation.metrics
     base = backend.load_model(source, recipe)
-    base_losses, base_answers = measure(backend, base, preflight, recipe, source)
+    base_losses, base_answers = measure(backend, base, preflight, examples, source)
     tuned = load_trained_model(backend, base, recipe, folder)
-    tuned_losses, tuned_answers = measure(backend, tuned, preflight, recipe, None)
+    tuned_losses, tuned_answers = measure(backend, tuned, preflight, examples, None)
     comparisons: dict[MetricName, Comparison] = {}
     base_scores: list[float] = []
     tuned_scores: list[float] = []
@@ -61,7 +65,6 @@ def evaluate_run(
         if name in LOWER_IS_BETTER:
             comparisons[name] = compare_losses(base_losses, tuned_losses, perplexity=name == "perplexity")
             continue
-        examples = preflight.data.evaluation_examples
         scores = [score_answers(name, examples, answers) for answers in (base_answers, tuned_answers)]
         comparisons[name] = compare_scores(*scores)
         if not base_scores:
@@ -77,13 +80,14 @@ def load_trained_model(backend: Backend, base: Any, recipe: Recipe, folder: RunF
 
 
 def measure(
-    backend: Backend, model: Any, preflight: Preflight, recipe: Recipe, base_source: ModelSource | None
+    backend: Backend, model: Any, preflight: Preflight, examples: Sequence[Example], base_source: ModelSource | None
 ) -> tuple[RowLosses, list[str]]:
     """Losses and answers of one model, each only if a metric needs it.
 
     Args:
         base_source: set for the untouched model, whose greedy answers are cached.
     """
+    recipe = preflight.loaded.recipe
     metrics, size = recipe.evaluation.metrics, recipe.evaluation.batch_size
     who = "untouched" if base_source else "trained"
     losses: RowLosses = []
@@ -91,7 +95,7 @@ def measure(
         losses = measure_losses(backend, model, preflight, size, f"Held-out loss of the {who} model")
     answers: list[str] = []
     if any(name in BINARY for name in metrics):
-        prompts = encode_prompts(preflight.tokenizer, preflight.data.evaluation_examples)
+        prompts = encode_prompts(preflight.tokenizer, examples)
         settings = make_settings(preflight.tokenizer, recipe.generation)
         responder = Responder(backend, model, preflight.tokenizer, settings, size)
         if base_source:

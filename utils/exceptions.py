@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Problem:
         message: what is wrong, in one sentence.
         where: `file:line`, or None where the problem has no place.
         fix: what to change, in one sentence, or None where the message says it.
+        severity: an error stops the run; a warning is allowed but rarely meant.
     """
 
     code: str
     message: str
     where: str | None = None
     fix: str | None = None
+    severity: Literal["error", "warning"] = "error"
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""

@@ -33,7 +33,7 @@ def make_settings(tokenizer: TokenizerUtils, generation: GenerationSection) -> G
 
 def encode_prompts(tokenizer: TokenizerUtils, examples: Sequence[Example]) -> list[Ids]:
     """Prompts of the examples: all turns but the last answer."""
-    return [tokenizer.encode_prompt(example.prompt, example.format) for example in examples]
+    return [tokenizer.encode_prompt(example.prompt, example.tools) for example in examples]
 
 
 @dataclass(frozen=True)

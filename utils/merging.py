@@ -68,8 +68,7 @@ def merge_run(
     values = loaded.recipe.model_dump(exclude_unset=True)
     values["model"] = {**values["model"], "quantization": "none"}
     recipe = Recipe(**values)
-    row_format = str(folder.read_facts()["row_format"])
-    batch = make_probe_batch(tokenizer, row_format)
+    batch = make_probe_batch(tokenizer)
     adapted = backend.load_adapter(backend.load_model(source, recipe), folder.adapter)
     expected = backend.compute_logits(adapted, batch)
     merged = backend.merge_adapter(adapted)
@@ -89,17 +88,15 @@ def merge_run(
     return drifts[0]
 
 
-def make_probe_batch(tokenizer: TokenizerUtils, row_format: str) -> Batch:
+def make_probe_batch(tokenizer: TokenizerUtils) -> Batch:
     """The probe prompts as the run's model is asked them."""
-    prompts = [tokenizer.encode_prompt([{"role": "user", "content": text}], row_format) for text in PROBES]
+    prompts = [tokenizer.encode_prompt([{"role": "user", "content": text}]) for text in PROBES]
     return pad_prompts_left(prompts, tokenizer.tokenizer.pad_token_id)
 
 
 def save_companions(tokenizer: TokenizerUtils, folder: Path) -> None:
     """Tokenizer with the template of the training, and a generation config that stops where the training stopped."""
-    if tokenizer.strategy == "chat":
-        tokenizer.tokenizer.chat_template = tokenizer.find_template()
-    tokenizer.tokenizer.save_pretrained(str(folder))
+    tokenizer.save(folder)
     path = folder / "generation_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     config["eos_token_id"] = tokenizer.find_stop_ids()

@@ -18,10 +18,11 @@ from utils.exceptions import ModelLoadingError, RecipeError
 EMBEDDED_PREFIX = "embedded/"
 EMBEDDED_MODELS = {"smollm2-135m-instruct": "llama"}  # name → model_type, known before the first conversion
 DEFAULT_MODEL = EMBEDDED_PREFIX + next(iter(EMBEDDED_MODELS))
-SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
-# Never *.bin or *.pt: those are pickles, and loading one runs its code.
-ALL_FILES = [*SMALL_FILES, "*.safetensors"]
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
+MAX_CONFIG_BYTES = 10_000_000
+MAX_INDEX_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ class ModelSource:
         return str(self.folder) if is_local else self.name
 
     def list_weight_files(self) -> list[Path]:
-        """The safetensors files."""
-        return sorted(self.folder.glob("*.safetensors"))
+        """The safetensors files that transformers would load; in a folder without its names, all there are."""
+        names = list_weight_names(self.folder)
+        files = [self.folder / name for name in names] if names else sorted(self.folder.glob("*.safetensors"))
+        return [path for path in files if path.is_file()]
 
     def hash_weights(self) -> str:
         """SHA-256 over the names, sizes and headers of the weight files: fast, and different for a different model."""
@@ -85,22 +88,48 @@ def find_model(model: ModelSection, where: str, *, with_weights: bool) -> ModelS
 
     Raises:
         RecipeError: no such embedded model or folder.
-        ModelLoadingError: not in the cache while offline, not reachable, or without safetensors.
+        ModelLoadingError: not in the cache while offline, not reachable, incomplete, or without safetensors.
+        MachineError: not enough room on the disk.
     """
     if model.name.startswith(EMBEDDED_PREFIX):
         folder = find_embedded(model.name, where)
     elif (local := Path(model.name).expanduser()).is_dir():
         folder = local
-    elif model.name.count("/") > 1 or model.name.startswith((".", "/", "~")):
+    elif is_on_hub(model.name):
+        from utils.downloads import fetch_snapshot
+
+        folder = fetch_snapshot(model, where, with_weights=with_weights)
+    else:
         fix = f"name a folder that exists, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or {DEFAULT_MODEL}"
         raise RecipeError(f"there is no model {model.name!r}", where=where, fix=fix, code="no-model")
-    else:
-        folder = fetch_from_hub(model, where, with_weights=with_weights)
     source = ModelSource(model.name, folder, read_config(folder, where))
-    if with_weights and not source.list_weight_files():
-        fix = "convert the model with save_pretrained(safe_serialization=True)"
-        raise ModelLoadingError("the model has no .safetensors files", where=str(folder), fix=fix, code="no-weights")
+    if with_weights:
+        check_weight_files(source)
     return source
+
+
+def is_on_hub(name: str) -> bool:
+    """True for what can only be a hub id: no embedded model, no folder and nothing that looks like a path."""
+    is_path = name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).expanduser().is_dir()
+    return not (is_path or name.startswith(EMBEDDED_PREFIX))
+
+
+def check_weight_files(source: ModelSource) -> None:
+    """The weights are there, all of them, as safetensors.
+
+    Raises:
+        ModelLoadingError: none at all, or files missing that the index names.
+    """
+    names = list_weight_names(source.folder)
+    if missing := [name for name in names if not (source.folder / name).is_file()]:
+        message = f"{len(missing)} of {len(names)} weight files are missing, such as {missing[0]}"
+        fix = "copy or download the whole folder again"
+        raise ModelLoadingError(message, where=str(source.folder), fix=fix, code="incomplete")
+    if not source.list_weight_files():
+        what = "is an adapter, not a whole model" if (source.folder / "adapter_config.json").exists() else ""
+        fix = "name its base model" if what else "convert the model with save_pretrained(safe_serialization=True)"
+        message = f"the model {what or 'has no .safetensors files'}"
+        raise ModelLoadingError(message, where=str(source.folder), fix=fix, code="no-weights")
 
 
 def find_embedded(name: str, where: str) -> Path:
@@ -144,42 +173,44 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fetch_from_hub(model: ModelSection, where: str, *, with_weights: bool) -> Path:
-    """Downloads a hub snapshot with progress bars, or finds it in the cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    patterns = ALL_FILES if with_weights else SMALL_FILES
-    try:
-        return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=patterns))
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        fix = "check the id; for a gated or private model put HF_TOKEN=… into .env"
-        raise RecipeError(f"the hub has no model {model.name!r}", where=where, fix=fix, code="no-model") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        fix = (
-            "connect once to download it, name a local folder, or set "
-            f"model.name: {DEFAULT_MODEL}, which needs no network"
-        )
-        message = f"{model.name} is not in the cache and the hub cannot be reached"
-        raise ModelLoadingError(message, where=where, fix=fix, code="offline") from error
-
-
 def read_config(folder: Path, where: str) -> dict[str, Any]:
     """Parses config.json."""
-    path = folder / "config.json"
+    return read_json_object(folder / "config.json", where, MAX_CONFIG_BYTES)
+
+
+def read_json_object(path: Path, where: str, max_bytes: int) -> dict[str, Any]:
+    """Parses a JSON file of a model folder: these come from strangers, so their size is looked at first."""
+    fix = "a model folder holds config.json, tokenizer.json and .safetensors files"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        fix = "a model folder holds config.json, tokenizer.json and .safetensors files"
+        if (size := path.stat().st_size) > max_bytes:
+            raise ModelLoadingError(f"{path} has {size:,} bytes: too large", where=where, fix=fix, code="no-config")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadingError(f"{path} cannot be read: {error}", where=where, fix=fix, code="no-config") from error
-    if not isinstance(config, dict):
-        raise ModelLoadingError(f"{path} is not a JSON object", where=where, code="no-config")
-    return config
+    if not isinstance(value, dict):
+        raise ModelLoadingError(f"{path} is not a JSON object", where=where, fix=fix, code="no-config")
+    return value
+
+
+def list_weight_names(folder: Path) -> list[str]:
+    """Names of the weight files that transformers would load: the single file, else those in the index; else none.
+
+    Raises:
+        ModelLoadingError: the index is damaged, or names anything but a safetensors file of this folder.
+    """
+    index = folder / INDEX_NAME
+    if (folder / WEIGHTS_NAME).exists() or not index.exists():
+        return [WEIGHTS_NAME] if (folder / WEIGHTS_NAME).exists() else []
+    weight_map = read_json_object(index, str(index), MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelLoadingError("the index has no table of weights", where=str(index), code="damaged")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        # transformers joins these names to the folder: `../../x` would load a file from anywhere.
+        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
+            message = f"the index names {name!r}, which is no safetensors file of this folder"
+            raise ModelLoadingError(message, where=str(index), fix="use another copy of the model", code="unsafe-index")
+    return names
 
 
 def read_header_bytes(path: Path) -> bytes:

@@ -6,22 +6,26 @@ What is wrong is raised as soon as it is known, so a typo never waits for a down
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from config.model_families import find_family, find_family_by_name
 from config.recipe_io import LoadedRecipe
 from config.structured_config import Recipe, find_cadence_violations
-from utils.data_formats import Example, FormatName, read_examples
-from utils.data_loading import Row, load_rows, split_rows
-from utils.exceptions import DataError, Problem, RecipeError
-from utils.methods.sft import encode_examples
+from utils.chat_templates import ChatTemplate
+from utils.data_formats import Example
+from utils.exceptions import DataError, Problem, RecipeError, RunError
+from utils.model_shape import find_positions, has_learned_positions
 from utils.model_source import EMBEDDED_MODELS, EMBEDDED_PREFIX, ModelSource, find_model, list_linear_modules
+from utils.prepared_data import PreparedData, iterate_held_out, prepare_data
+from utils.resources import Resources, plan_resources, summarise_resources
+from utils.row_checks import RowScan, scan_rows
+from utils.rule_checks import Facts
+from utils.rules import find_problems
+from utils.run_folder import RunFolder
 from utils.schedules import count_warmup_steps
-from utils.tokenizer_utils import EncodedExample, TokenizerUtils, load_tokenizer
-
-FEW_ROWS = 10
+from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,112 +48,104 @@ class RunPlan:
 
 
 @dataclass(frozen=True)
-class PreparedData:
-    """Rows as examples and as tokens.
-
-    Attributes:
-        train: encoded training rows.
-        evaluation: encoded held-out rows, possibly none.
-        evaluation_examples: the same held-out rows before encoding, for generation and metrics.
-    """
-
-    train: list[EncodedExample]
-    evaluation: list[EncodedExample]
-    evaluation_examples: list[Example]
-
-
-@dataclass(frozen=True)
 class Preflight:
     """A recipe that has passed every check, with what the checks found.
 
     Attributes:
-        row_format: format of the first training row; prompts typed later are rendered like it.
+        loaded: the recipe.
+        scan: what the rows are.
     """
 
+    loaded: LoadedRecipe
     source: ModelSource
     tokenizer: TokenizerUtils
+    scan: RowScan
     data: PreparedData
     plan: RunPlan
-    row_format: FormatName
+    resources: Resources
     warnings: tuple[Problem, ...]
 
+    def read_evaluation_examples(self) -> list[Example]:
+        """The held-out rows as text, for generation and metrics."""
+        return list(iterate_held_out(self.loaded, self.scan))
 
-def check_recipe(loaded: LoadedRecipe) -> Preflight:
+
+def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Preflight:
     """Runs the whole pre-flight.
+
+    Args:
+        run: a finished run whose template is to be used, whatever has become of the recipe's since.
 
     Raises:
         RecipeError, DataError, MachineError: what is wrong, with its place and fix.
     """
     recipe = loaded.recipe
-    train, held_out = read_data(loaded)
-    check_family(loaded)
+    family = find_family_by_name(recipe.model.name)
+    family = family or find_family(EMBEDDED_MODELS.get(recipe.model.name.removeprefix(EMBEDDED_PREFIX)))
+    apply_rules(loaded, Facts(recipe, family))
+    scan = scan_rows(recipe.data, recipe.seed, loaded.find_origin)
+    apply_rules(loaded, Facts(recipe, family, formats=scan.formats))
+    check_metrics(loaded, scan)
     source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=False)
-    check_lora_targets(loaded, list_linear_modules(source))
-    tokenizer = open_tokenizer(loaded, source)
-    held_out = held_out[: recipe.evaluation.max_examples]
-    prepared = PreparedData(
-        encode_examples(train, tokenizer, recipe.data, "training"),
-        encode_examples(held_out, tokenizer, recipe.data, "held-out") if held_out else [],
-        held_out,
-    )
-    plan = plan_run(recipe, len(prepared.train))
+    apply_rules(loaded, Facts(recipe, source.family, modules=tuple(list_linear_modules(source))))
+    row_formats = {*scan.formats, *scan.features}
+    tokenizer = open_run_tokenizer(loaded, source, run) if run else open_tokenizer(loaded, source, row_formats)
+    data = prepare_data(loaded, scan, tokenizer)
+    plan = plan_run(recipe, len(data.train))
     if violations := list(find_cadence_violations(recipe.training, plan.total_steps)):
         places = [Problem("rule", v.message, loaded.find_origin(".".join(v.path)), v.fix) for v in violations]
         raise RecipeError.from_problems(places)
-    return Preflight(source, tokenizer, prepared, plan, train[0].format, tuple(find_warnings(loaded, prepared)))
+    resources = plan_resources(loaded, source, data, plan.total_steps)
+    facts = collect_rule_facts(loaded, source, data, resources, plan)
+    warnings = (*scan.warnings, *apply_rules(loaded, facts), *resources.problems)
+    return Preflight(loaded, source, tokenizer, scan, data, plan, resources, warnings)
 
 
-def read_data(loaded: LoadedRecipe) -> tuple[list[Example], list[Example]]:
-    """Reads and checks the rows of both sets without a tokenizer.
+def apply_rules(loaded: LoadedRecipe, facts: Facts) -> list[Problem]:
+    """Applies the table of rules to what is known so far.
 
     Returns:
-        Training examples and held-out examples.
+        The warnings.
+
+    Raises:
+        RecipeError: all errors together.
     """
-    data = loaded.recipe.data
-    train_paths = [data.train] if isinstance(data.train, str) else list(data.train)
-    rows = load_rows(train_paths, data.columns)
-    held_out: list[Row]
-    if data.eval is not None:
-        held_out = load_rows(data.eval, data.columns)
-    else:
-        rows, held_out = split_rows(rows, data.eval_fraction, loaded.recipe.seed)
-    examples, held_out_examples = read_examples(rows, data.format), read_examples(held_out, data.format)
-    check_strategy(loaded, examples)
-    check_metrics(loaded, held_out_examples)
-    return examples, held_out_examples
+    problems = find_problems(facts, loaded.find_origin)
+    if errors := [problem for problem in problems if problem.severity == "error"]:
+        raise RecipeError.from_problems(errors)
+    return problems
 
 
-def check_strategy(loaded: LoadedRecipe, examples: Sequence[Example]) -> None:
-    """strategy chat needs conversations."""
-    raw = next((example for example in examples if example.text is not None), None)
-    if loaded.recipe.data.strategy == "chat" and raw is not None:
-        fix = f"set data.strategy: standard in {loaded.find_origin('data.strategy')}, or write the rows as messages"
-        raise DataError(
-            "a text row is no conversation, and strategy is chat", where=raw.where, fix=fix, code="strategy"
-        )
+def collect_rule_facts(
+    loaded: LoadedRecipe, source: ModelSource, data: PreparedData, resources: Resources, plan: RunPlan
+) -> Facts:
+    """Everything that the rules may look at."""
+    evaluation, machine = data.evaluation, resources.machine
+    return Facts(
+        recipe=loaded.recipe,
+        family=source.family,
+        parameters=resources.shape.parameters if resources.shape else None,
+        positions=find_positions(source.config),
+        learned_positions=has_learned_positions(source.config),
+        held_out_rows=len(evaluation),
+        longest_prompt=int((evaluation.lengths - evaluation.supervised).max()) if evaluation else None,
+        steps=plan.total_steps,
+        device=machine.device,
+        cores=machine.cores,
+    )
 
 
-def check_metrics(loaded: LoadedRecipe, held_out: Sequence[Example]) -> None:
+def check_metrics(loaded: LoadedRecipe, scan: RowScan) -> None:
     """Metrics on answers need rows with answers; execution accuracy needs a database in each row."""
     metrics = loaded.recipe.evaluation.metrics
     generated = [name for name in metrics if name in ("exact_match", "execution_accuracy")]
-    for example in held_out:
-        if generated and example.text is not None:
+    for example in iterate_held_out(loaded, scan) if generated else ():
+        if example.text is not None:
             fix = "remove it from evaluation.metrics"
             raise DataError(f"{generated[0]} needs answers, and this row is raw text", where=example.where, fix=fix)
         if "execution_accuracy" in metrics and not isinstance(example.fields.get("database"), str):
             fix = 'add "database": an SQL script that creates and fills the tables, or remove the metric'
             raise DataError("execution_accuracy needs a `database` in each held-out row", where=example.where, fix=fix)
-
-
-def check_family(loaded: LoadedRecipe) -> None:
-    """Refuses what the model's name alone rules out, before anything is downloaded."""
-    recipe = loaded.recipe
-    family = find_family_by_name(recipe.model.name)
-    if family and not family.has_chat_template and recipe.data.strategy == "chat" and recipe.data.template == "auto":
-        raise make_no_chat_error(loaded, family.name)
-    if embedded := find_family(EMBEDDED_MODELS.get(recipe.model.name.removeprefix(EMBEDDED_PREFIX))):
-        check_lora_targets(loaded, embedded.lora_targets)  # before the conversion that a first use would start
 
 
 def make_no_chat_error(loaded: LoadedRecipe, model: str) -> RecipeError:
@@ -159,31 +155,39 @@ def make_no_chat_error(loaded: LoadedRecipe, model: str) -> RecipeError:
     return RecipeError(message, where=loaded.find_origin("data.strategy"), fix=fix, code="no-chat-template")
 
 
-def open_tokenizer(loaded: LoadedRecipe, source: ModelSource) -> TokenizerUtils:
+def open_tokenizer(loaded: LoadedRecipe, source: ModelSource, row_formats: Collection[str]) -> TokenizerUtils:
     """Loads the tokenizer and puts the recipe's template and mask policy around it."""
     data = loaded.recipe.data
     tokenizer = load_tokenizer(source.folder)
     if data.strategy == "chat" and data.template == "auto" and not tokenizer.chat_template:
         raise make_no_chat_error(loaded, loaded.recipe.model.name)
     return TokenizerUtils(
-        tokenizer, template=data.template, strategy=data.strategy, loss_on=data.loss_on, system=data.system
+        tokenizer,
+        template=data.template,
+        strategy=data.strategy,
+        loss_on=data.loss_on,
+        system=data.system,
+        row_formats=row_formats,
     )
 
 
-def check_lora_targets(loaded: LoadedRecipe, modules: Sequence[str]) -> None:
-    """Each LoRA target must name one of the model's modules, where these are known without loading it."""
-    lora = loaded.recipe.lora
-    if lora is None or isinstance(lora.target_modules, str) or not modules:
-        return
-    fix = f"modules here: {', '.join(modules)}; or target_modules: all-linear"
-    where = loaded.find_origin("lora.target_modules")
-    problems = [
-        Problem("lora-target", f"no module of {loaded.recipe.model.name} is called {target!r}", where, fix)
-        for target in lora.target_modules
-        if target.rsplit(".", 1)[-1] not in modules
-    ]
-    if problems:
-        raise RecipeError.from_problems(problems)
+def open_run_tokenizer(loaded: LoadedRecipe, source: ModelSource, run: RunFolder) -> TokenizerUtils:
+    """The tokenizer of a finished run, with the template that was saved beside its weights.
+
+    Raises:
+        RunError: the saved template is not the one that was trained with.
+    """
+    data, folder = loaded.recipe.data, run.adapter if run.adapter.is_dir() else run.model
+    tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else source.folder)
+    template = ChatTemplate(f"saved in {folder}", str(tokenizer.chat_template or ""))
+    facts = run.read_facts()
+    if template.hash != facts.get("template_hash"):
+        message = "the saved chat template is not the one that the run was trained with"
+        fix = f"restore {folder / 'chat_template.jinja'}, or train again"
+        raise RunError(message, where=str(folder), fix=fix, code="template-changed")
+    return TokenizerUtils(
+        tokenizer, template=template, strategy=facts["strategy"], loss_on=data.loss_on, system=data.system
+    )
 
 
 def plan_run(recipe: Recipe, rows: int) -> RunPlan:
@@ -196,28 +200,16 @@ def plan_run(recipe: Recipe, rows: int) -> RunPlan:
     return RunPlan(steps_per_epoch, total, count_warmup_steps(total, training.warmup_ratio), eval_every, save_every)
 
 
-def find_warnings(loaded: LoadedRecipe, data: PreparedData) -> list[Problem]:
-    """What is allowed but rarely meant."""
-    found: list[Problem] = []
-    if len(data.train) < FEW_ROWS:
-        text = f"only {len(data.train)} training rows"
-        found.append(Problem("few-rows", text, loaded.find_origin("data.train"), "expect the model to repeat them"))
-    if not data.evaluation:
-        fix = "set data.eval or data.eval_fraction"
-        found.append(Problem("no-eval", "no held-out rows, so nothing will show whether it got better", None, fix))
-    return found
-
-
-def select_conversations(loaded: LoadedRecipe, preflight: Preflight) -> list[Example]:
+def select_conversations(preflight: Preflight) -> list[Example]:
     """The held-out rows that have a prompt to answer.
 
     Raises:
         DataError: there are none.
     """
-    found = [example for example in preflight.data.evaluation_examples if example.text is None]
+    found = [example for example in preflight.read_evaluation_examples() if example.text is None]
     if not found:
         fix = "set data.eval to a file with conversations, or data.eval_fraction above 0"
-        where = loaded.find_origin("data.eval")
+        where = preflight.loaded.find_origin("data.eval")
         raise DataError("there is no held-out row with a prompt to answer", where=where, fix=fix, code="no-eval")
     return found
 
@@ -225,20 +217,20 @@ def select_conversations(loaded: LoadedRecipe, preflight: Preflight) -> list[Exa
 def summarise_preflight(preflight: Preflight) -> dict[str, Any]:
     """What validate.py prints: the numbers that decide a run."""
     data, plan = preflight.data, preflight.plan
-    lengths = [len(example.input_ids) for example in data.train]
-    supervised = sum(example.supervised_tokens for example in data.train)
+    lengths, supervised = data.train.lengths, data.train.supervised
     return {
         "model": preflight.source.name,
         "architecture": preflight.source.model_type,
         "strategy": preflight.tokenizer.strategy,
         "training_rows": len(data.train),
         "held_out_rows": len(data.evaluation),
-        "tokens_per_epoch": sum(lengths),
-        "supervised_tokens_per_epoch": supervised,
-        "longest_example": max(lengths),
+        "tokens_per_epoch": int(lengths.sum()),
+        "supervised_tokens_per_epoch": int(supervised.sum()),
+        "longest_example": int(lengths.max()),
         "steps": plan.total_steps,
         "steps_per_epoch": plan.steps_per_epoch,
         "warmup_steps": plan.warmup_steps,
         "evaluates_every": plan.eval_every,
         "saves_every": plan.save_every,
+        **summarise_resources(preflight.resources),
     }

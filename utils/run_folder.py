@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -146,14 +145,6 @@ def find_run(asked: Path | None) -> RunFolder:
         fix = "name a folder that train.py made, or leave --run out for the latest one"
         raise RunError("this is not a run folder", where=str(path), fix=fix, code="no-run")
     return folder
-
-
-def hash_files(paths: list[str]) -> str:
-    """SHA-256 over the bytes of data files, in order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(Path(path).read_bytes())
-    return digest.hexdigest()
 
 
 def collect_versions() -> dict[str, str]:

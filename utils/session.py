@@ -15,7 +15,7 @@ from utils.data_formats import Message
 from utils.evaluation import load_trained_model
 from utils.inference import Ids, Responder, make_settings
 from utils.model_source import find_model
-from utils.preflight import open_tokenizer
+from utils.preflight import open_run_tokenizer
 from utils.run_folder import RunFolder
 from utils.seed_manager import SeedManager
 from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
@@ -23,18 +23,13 @@ from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded model with its tokenizer and settings.
-
-    Attributes:
-        row_format: prompts are rendered like training rows of this format.
-    """
+    """A loaded model with its tokenizer and settings."""
 
     responder: Responder
-    row_format: str
 
     def encode(self, messages: Sequence[Message]) -> Ids:
         """Token ids of a conversation that ends with the user."""
-        return self.responder.tokenizer.encode_prompt(messages, self.row_format)
+        return self.responder.tokenizer.encode_prompt(messages)
 
     def answer(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """Answers many conversations in batches."""
@@ -63,14 +58,13 @@ def open_run(folder: RunFolder, loaded: LoadedRecipe) -> Session:
     recipe = loaded.recipe
     folder.check_complete()
     source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
-    tokenizer = open_tokenizer(loaded, source)
+    tokenizer = open_run_tokenizer(loaded, source, folder)
     backend = load_backend(recipe.backend)
     SeedManager(recipe.seed).seed_everything()
     base = backend.load_model(source, recipe)
     model = load_trained_model(backend, base, recipe, folder)
     settings = make_settings(tokenizer, recipe.generation)
-    row_format = str(folder.read_facts()["row_format"])
-    return Session(Responder(backend, model, tokenizer, settings, recipe.evaluation.batch_size), row_format)
+    return Session(Responder(backend, model, tokenizer, settings, recipe.evaluation.batch_size))
 
 
 def open_model(name: str, generation: GenerationSection) -> Session:
@@ -82,13 +76,13 @@ def open_model(name: str, generation: GenerationSection) -> Session:
         generation=generation,
     )
     source = find_model(recipe.model, "--model", with_weights=True)
-    tokenizer = TokenizerUtils(load_tokenizer(source.folder))
+    # A model without a template of its own gets the prompt as it is.
+    tokenizer = TokenizerUtils(load_tokenizer(source.folder), row_formats=("prompt_completion",))
     backend = load_backend(recipe.backend)
     SeedManager(recipe.seed).seed_everything()
     model = backend.load_model(source, recipe)
-    row_format = "messages" if tokenizer.strategy == "chat" else "prompt_completion"
     settings = make_settings(tokenizer, generation)
-    return Session(Responder(backend, model, tokenizer, settings, recipe.evaluation.batch_size), row_format)
+    return Session(Responder(backend, model, tokenizer, settings, recipe.evaluation.batch_size))
 
 
 def read_prompts(path: Path) -> list[list[Message]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from config.recipe_io import LoadedRecipe, format_resolved
+from utils import workload
 from utils.backends import Backend, MachineFacts
 from utils.checkpoint import STATE, write_folder_atomically
 from utils.cli import STARTED
@@ -18,8 +19,9 @@ from utils.exceptions import TunebookError
 from utils.logging import add_log_file, get_logger, hide_secrets
 from utils.methods.sft import SftBatches
 from utils.preflight import Preflight
+from utils.prepared_data import hash_sources
 from utils.report import plot_loss
-from utils.run_folder import RunFolder, collect_versions, find_git_state, hash_files, mark_latest
+from utils.run_folder import RunFolder, collect_versions, find_git_state, mark_latest
 from utils.tracking import Tracker
 from utils.training_loop import LoopParts, TrainingState, train
 
@@ -52,8 +54,8 @@ def choose_micro_batch_size(loaded: LoadedRecipe, preflight: Preflight, machine:
     training = loaded.recipe.training
     if training.micro_batch_size != "auto":
         return loaded
-    longest = max(len(example.input_ids) for example in preflight.data.train)
-    size = max(1, min(-(-training.batch_size // machine.workers), machine.token_budget // longest))
+    longest = int(preflight.data.train.lengths.max())
+    size = workload.choose_micro_batch_size(training.batch_size, longest, machine.workers, machine.token_budget)
     reason = f"{machine.workers} worker(s), {machine.token_budget} tokens a forward pass, longest example {longest}"
     get_logger().info("training.micro_batch_size: %d (%s)", size, reason)
     return loaded.with_automatic_value("training.micro_batch_size", size, reason)
@@ -106,7 +108,7 @@ def make_parts(run: PreparedRun, tracker: Tracker) -> LoopParts:
 
     def save_weights(target: Path) -> None:
         run.backend.save_weights(run.model, target)
-        tokenizer.save_pretrained(str(target))
+        run.preflight.tokenizer.save(target)
 
     return LoopParts(
         step=run.backend.make_step(run.model, recipe),
@@ -155,9 +157,6 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
     """What is known before the first step; unknown numbers are null, so readers find every key."""
     machine = run.backend.describe_machine(run.model)
     trainable, total = run.backend.count_parameters(run.model)
-    data = run.loaded.recipe.data
-    paths = [data.train] if isinstance(data.train, str) else list(data.train)
-    row_format = run.preflight.row_format
     return {
         "status": "running",
         "recipe": run.loaded.name,
@@ -167,12 +166,15 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
         "dtype": machine.dtype,
         "automatic_choices": list(machine.reasons),
         **dict.fromkeys(RESULTS),
+        "predicted_memory": predicted.to_json() if (predicted := run.preflight.resources.memory) else None,
         "trainable_parameters": trainable,
         "parameters": total,
         "model_hash": run.preflight.source.hash_weights(),
-        "data_hash": hash_files([*paths, *([data.eval] if data.eval else [])]),
-        "row_format": row_format,
-        "template_hash": run.preflight.tokenizer.hash_template(row_format),
+        "data_hash": hash_sources(run.loaded),
+        "row_formats": run.preflight.scan.formats,
+        "strategy": run.preflight.tokenizer.strategy,
+        "template": run.preflight.tokenizer.template.name,
+        "template_hash": run.preflight.tokenizer.template.hash,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(STARTED)),
         "versions": collect_versions(),
         "git": find_git_state(),
@@ -181,6 +183,10 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
 
 def summarise(run: PreparedRun, state: TrainingState) -> dict[str, Any]:
     """The results of a run that ended by itself or by a signal."""
+    peak, predicted = run.backend.measure_peak_memory(run.model), run.preflight.resources.memory
+    if predicted:
+        message = "Peak memory: %.2f GB, predicted %.2f GB (%+.0f %%)"
+        get_logger().info(message, peak / 1e9, predicted.total / 1e9, 100 * (predicted.total / peak - 1))
     return {
         "status": "stopped" if state.signal_number is not None else "finished",
         "stop_reason": state.stop_reason,
@@ -188,7 +194,8 @@ def summarise(run: PreparedRun, state: TrainingState) -> dict[str, Any]:
         "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens,
         "tokens_per_second": state.tokens_per_second,
-        "peak_memory_bytes": run.backend.measure_peak_memory(run.model),
+        "peak_memory_bytes": peak,
+        "memory_error": predicted.total / peak - 1 if predicted else None,
         "time_to_first_step_s": state.time_to_first_step_s,
         "train_loss": state.loss_sum / state.supervised_tokens,
         "eval_loss": state.eval_loss,

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from transformers import BitsAndBytesConfig, GenerationConfig
 
 from config.foreign_names import FOREIGN_NAMES
-from config.recipe_io import iterate_schema_keys
+from config.recipe_errors import iterate_schema_keys
 from config.structured_config import (
     DataSection,
     EvaluationSection,

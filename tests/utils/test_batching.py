@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from utils.batching import group_first_fit, iterate_windows, make_micro_batches, pack_row, pad_prompts_left, pad_rows
-from utils.tokenizer_utils import EncodedExample
+from utils.piece_encoder import EncodedExample
 
 PAD = 9
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -15,10 +16,17 @@ ASSISTANT = {"role": "assistant", "content": "Hello!"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 ROWS: dict[FormatName, dict[str, Any]] = {
     "messages": {"messages": [USER, ASSISTANT]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]},
+    "preference": {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
     "prompt_completion": {"prompt": "2 + 2 =", "completion": " 4"},
     "alpaca": {"instruction": "Translate.", "input": "cheese", "output": "fromage"},
+    "question_answer": {"question": "Who wrote it?", "answer": "Ada."},
     "text": {"text": "Once upon a time"},
 }
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "cheese"}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "fromage"}
 
 
 def read(fields: dict[str, Any], name: FormatName | str = "auto") -> Example:
@@ -147,9 +155,9 @@ def test_a_named_format_asks_for_its_columns(name: FormatName) -> None:
 
 
 def test_columns_of_no_known_format_are_refused_with_the_known_ones() -> None:
-    problem = fail({"question": "a", "answer": "b"})
+    problem = fail({"frage": "a", "antwort": "b"})
     assert problem.code == "unknown-format"
-    assert "question, answer" in problem.message
+    assert "frage, antwort" in problem.message
     for name in READERS:
         assert name in (problem.fix or "")
 
@@ -196,7 +204,7 @@ def test_a_message_without_text_is_refused_with_its_number(index: int, content: 
     assert f"message {index + 1}" in problem.message
 
 
-@pytest.mark.parametrize("role", ["human", "gpt", "tool", "", None, 3, ["user"], "User"])
+@pytest.mark.parametrize("role", ["human", "gpt", "function", "", None, 3, ["user"], "User"])
 def test_an_unknown_role_is_refused(role: Any) -> None:
     problem = fail({"messages": [{"role": role, "content": "a"}, ASSISTANT]})
     assert problem.code == "unknown-role"
@@ -214,13 +222,21 @@ def test_an_unknown_role_is_refused(role: Any) -> None:
         [SYSTEM, SYSTEM, USER, ASSISTANT],
         [USER, SYSTEM, ASSISTANT],
         [USER, ASSISTANT, SYSTEM, USER, ASSISTANT],
+        [USER, RESULT, ASSISTANT],
+        [USER, ASSISTANT, RESULT, ASSISTANT],
+        [RESULT, ASSISTANT],
+        [USER, CALLING, ASSISTANT],
+        [USER, CALLING, USER, ASSISTANT],
+        [USER, CALLING, RESULT, USER, ASSISTANT],
     ],
 )
 def test_messages_out_of_order_are_refused(messages: list[dict[str, str]]) -> None:
     assert fail({"messages": messages}).code == "role-order"
 
 
-@pytest.mark.parametrize("messages", [[USER], [SYSTEM], [SYSTEM, USER], [USER, ASSISTANT, USER]])
+@pytest.mark.parametrize(
+    "messages", [[USER], [SYSTEM], [SYSTEM, USER], [USER, ASSISTANT, USER], [USER, CALLING, RESULT]]
+)
 def test_a_conversation_that_does_not_end_with_the_assistant_is_refused(messages: list[dict[str, str]]) -> None:
     assert fail({"messages": messages}).code == "no-answer"
 
@@ -234,8 +250,8 @@ def test_what_is_not_a_list_of_messages_is_refused(value: Any) -> None:
 
 def test_parts_of_a_message_that_would_be_lost_are_refused() -> None:
     # Only role and content were kept: an assistant's tool call vanished, and the model learned the answer without it.
-    call = {"function": {"name": "look_up", "arguments": {}}}
-    fail({"messages": [USER, {**ASSISTANT, "tool_calls": [call]}]})
+    assert read({"messages": [USER, CALLING, RESULT, ASSISTANT]}).messages == (USER, CALLING, RESULT, ASSISTANT)
+    assert read({"messages": [USER, {**ASSISTANT, "tool_calls": [CALL]}]}).messages[-1]["tool_calls"] == [CALL]
 
 
 def test_all_bad_rows_are_counted_and_the_first_ones_shown() -> None:
@@ -252,3 +268,244 @@ def test_bad_rows_of_all_formats_are_reported_together() -> None:
     with pytest.raises(DataError) as caught:
         read_examples(rows)
     assert [problem.code for problem in caught.value.problems] == ["empty", "no-answer", "unknown-format"]
+
+
+def test_columns_under_their_usual_other_names_get_the_renaming_to_copy() -> None:
+    fix = fail({"instruction": "a", "context": "b", "response": "c"}).fix or ""
+    assert "data.columns: {response: output}" in fix
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_null_column_of_another_format_does_not_decide_the_format(name: FormatName) -> None:
+    # Tables of mixed rows have every column in every row.
+    empty = {column: None for fields in ROWS.values() for column in fields}
+    assert read({**empty, **ROWS[name]}).format == name
+
+
+def test_preference_is_found_before_prompt_and_messages() -> None:
+    # Zephyr's set has prompt, messages, chosen and rejected in each row.
+    assert read({**ROWS["messages"], **ROWS["preference"], "completion": "4"}).format == "preference"
+
+
+@pytest.mark.parametrize(
+    ("speaker", "role"),
+    [
+        *(("human", "user"), ("user", "user"), ("gpt", "assistant"), ("assistant", "assistant")),
+        *(("model", "assistant"), ("bot", "assistant"), ("chatgpt", "assistant")),
+    ],
+)
+def test_every_name_of_a_sharegpt_role_is_known(speaker: str, role: str) -> None:
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    turns[role == "assistant"]["from"] = speaker
+    assert [message["role"] for message in read({"conversations": turns}).messages] == ["user", "assistant"]
+
+
+def test_sharegpt_with_tools_becomes_the_same_conversation_as_messages() -> None:
+    turns = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Hi"},
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
+        {"from": "observation", "value": "fromage"},
+        {"from": "gpt", "value": "Hello!"},
+    ]
+    example = read({"conversations": turns, "tools": json.dumps([TOOL["function"]])})
+    assert example.messages == (SYSTEM, USER, CALLING, RESULT, ASSISTANT)
+    assert example.tools == (TOOL,)
+
+
+@pytest.mark.parametrize(
+    ("turn", "code"),
+    [
+        ({"from": "narrator", "value": "a"}, "unknown-role"),
+        ({"from": ["gpt"], "value": "a"}, "unknown-role"),
+        ({"from": "gpt"}, "not-messages"),
+        ("Hello", "not-messages"),
+        ({"from": "gpt", "value": ""}, "empty"),
+        ({"from": "gpt", "value": "a", "weight": 0}, "mask-key"),
+        ({"from": "function_call", "value": "look_up(cheese)"}, "not-messages"),
+        ({"from": "function_call", "value": "3"}, "tool-calls"),
+    ],
+)
+def test_a_sharegpt_turn_that_cannot_be_read_is_refused(turn: Any, code: str) -> None:
+    assert fail({"conversations": [{"from": "human", "value": "Hi"}, turn]}).code == code
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "text"])
+def test_the_columns_system_and_tools_are_read_in_every_format_of_conversations(name: FormatName) -> None:
+    example = read({**ROWS[name], "system": "Be brief.", "tools": [TOOL]})
+    assert example.messages[0] == SYSTEM
+    assert example.tools == (TOOL,)
+    assert not example.rejected or example.rejected[0] == SYSTEM
+
+
+def test_two_different_system_messages_are_refused() -> None:
+    fields = {"messages": [SYSTEM, USER, ASSISTANT]}
+    assert read({**fields, "system": "Be brief. "}).messages[0] == SYSTEM
+    assert fail({**fields, "system": "Be long."}).code == "role-order"
+
+
+def test_earlier_turns_of_an_alpaca_row_come_first() -> None:
+    messages = read({**ROWS["alpaca"], "history": [["Hi", "Hello!"]], "system": "Be brief."}).messages
+    assert messages[:3] == (SYSTEM, USER, ASSISTANT)
+    assert messages[3]["content"] == "Translate.\n\ncheese"
+
+
+@pytest.mark.parametrize("history", ["Hi", [["Hi"]], ["Hi", "Hello!"], {"a": 1}])
+def test_a_history_that_is_no_list_of_pairs_is_refused(history: Any) -> None:
+    assert fail({**ROWS["alpaca"], "history": history}).code == "not-messages"
+
+
+def test_the_context_of_a_question_comes_before_it() -> None:
+    user = read({**ROWS["question_answer"], "context": "Ada wrote it."}).messages[0]
+    assert user["content"] == "Ada wrote it.\n\nWho wrote it?"
+    assert fail({**ROWS["question_answer"], "context": ["a"]}).code == "not-text"
+
+
+PAIR = ((USER, ASSISTANT), (USER, {"role": "assistant", "content": "Go away."}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."},
+        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [PAIR[1][1]]},
+        {"prompt": [USER], "chosen": "Hello!", "rejected": "Go away."},
+        {"prompt": "Hi", "chosen": [ASSISTANT], "rejected": [PAIR[1][1]]},
+        {"chosen": list(PAIR[0]), "rejected": list(PAIR[1])},
+        {"prompt": "Hi", "chosen": list(PAIR[0]), "rejected": list(PAIR[1])},
+        {"prompt": [USER], "chosen": list(PAIR[0]), "rejected": list(PAIR[1])},
+    ],
+)
+def test_every_shape_of_a_preference_gives_the_same_two_conversations(fields: dict[str, Any]) -> None:
+    example = read(fields)
+    assert (example.messages, example.rejected) == PAIR
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"prompt": "Hi", "chosen": "Hello!", "rejected": "Hello!"}, "identical-pair"),
+        ({"prompt": "Hi", "chosen": "Hello!", "rejected": " Hello!\n"}, "identical-pair"),
+        ({"chosen": [USER, ASSISTANT], "rejected": [{"role": "user", "content": "Ho"}, ASSISTANT]}, "prompts-differ"),
+        ({"prompt": "Ho", "chosen": list(PAIR[0]), "rejected": list(PAIR[1])}, "prompts-differ"),
+        ({"chosen": "Hello!", "rejected": "Go away."}, "missing-column"),
+        ({"prompt": "Hi", "chosen": "Hello!", "rejected": ""}, "empty"),
+        ({"prompt": "Hi", "chosen": "Hello!", "rejected": None}, "not-text"),
+        ({"prompt": [ASSISTANT], "chosen": "Hello!", "rejected": "Go away."}, "role-order"),
+        ({"prompt": [USER], "chosen": [USER], "rejected": [ASSISTANT]}, "prompts-differ"),
+    ],
+)
+def test_a_preference_that_teaches_nothing_or_the_wrong_thing_is_refused(fields: dict[str, Any], code: str) -> None:
+    assert fail(fields, "preference").code == code
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        CALL,
+        CALL["function"],
+        {"name": "look_up", "arguments": '{"word": "cheese"}'},
+        {"function": {"name": "look_up", "arguments": '{"word": "cheese"}'}},
+    ],
+)
+def test_every_spelling_of_a_tool_call_becomes_the_same_call(call: dict[str, Any]) -> None:
+    example = read({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]})
+    assert example.messages[1] == CALLING
+    assert example.answer == ""
+
+
+def test_an_old_function_call_becomes_a_tool_call() -> None:
+    assert read({"messages": [USER, {"role": "assistant", "function_call": CALL["function"]}]}).messages[1] == CALLING
+
+
+@pytest.mark.parametrize("arguments", [None, "", "{}", {}])
+def test_a_call_without_arguments_has_an_empty_object(arguments: Any) -> None:
+    call = {"name": "look_up", "arguments": arguments}
+    messages = read({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]}).messages
+    assert messages[1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [3, ["look_up"], [{"arguments": {}}], [{"name": "f", "arguments": "x"}], [{"name": "f", "arguments": "[1]"}]],
+)
+def test_a_tool_call_that_cannot_be_read_is_refused(calls: Any) -> None:
+    assert fail({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": calls}]}).code == "tool-calls"
+
+
+@pytest.mark.parametrize("tools", [3, {"name": "f"}, ["f"], [{"type": "function"}], [{"name": "f", "parameters": "x"}]])
+def test_tools_that_cannot_be_read_are_refused(tools: Any) -> None:
+    assert fail({**ROWS["messages"], "tools": tools}).code == "tools"
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "[]"])
+def test_no_tools_are_no_tools(tools: Any) -> None:
+    assert read({**ROWS["messages"], "tools": tools}).tools == ()
+
+
+def test_a_tool_answers_a_call_that_was_made() -> None:
+    calling = {**CALLING, "tool_calls": [{**CALL, "id": "a"}, {**CALL, "id": "b"}]}
+    results = [{**RESULT, "tool_call_id": "b", "name": "look_up"}, {**RESULT, "tool_call_id": "a"}]
+    assert read({"messages": [USER, calling, *results, ASSISTANT]}).messages[2:4] == tuple(results)
+    assert fail({"messages": [USER, calling, {**RESULT, "tool_call_id": "c"}, ASSISTANT]}).code == "unknown-call"
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_thinking_has_one_name(key: str) -> None:
+    (_, answer) = read({"messages": [USER, {**ASSISTANT, key: "They greet."}]}).messages
+    assert answer == {**ASSISTANT, "reasoning_content": "They greet."}
+    assert fail({"messages": [{**USER, key: "They greet."}, ASSISTANT]}).code == "misplaced-key"
+    assert read({"messages": [USER, {**ASSISTANT, key: ""}]}).messages == (USER, ASSISTANT)
+
+
+def test_two_different_thoughts_are_refused() -> None:
+    assert fail({"messages": [USER, {**ASSISTANT, "thinking": "a", "reasoning": "b"}]}).code == "reasoning"
+
+
+@pytest.mark.parametrize("key", ["train", "weight", "loss", "mask", "loss_mask"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_masks_of_other_tools_are_refused_instead_of_ignored(key: str, index: int) -> None:
+    messages = [USER, ASSISTANT]
+    messages[index] = {**messages[index], key: False}  # type: ignore[dict-item]
+    problem = fail({"messages": messages})
+    assert problem.code == "mask-key"
+    assert "data.loss_on" in (problem.fix or "")
+
+
+def test_developer_is_another_word_for_system() -> None:
+    assert read({"messages": [{**SYSTEM, "role": "developer"}, USER, ASSISTANT]}).messages[0] == SYSTEM
+
+
+@pytest.mark.parametrize("role", ["human", "gpt"])
+def test_sharegpt_roles_among_messages_get_the_way_to_sharegpt(role: str) -> None:
+    assert "conversations" in (fail({"messages": [{"role": role, "content": "a"}, ASSISTANT]}).fix or "")
+    turns = [{"from": role, "value": "a"}]
+    assert "ShareGPT" in (fail({"messages": turns}).fix or "")
+
+
+def test_content_in_parts_gets_its_own_way_out() -> None:
+    problem = fail({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ASSISTANT]})
+    assert problem.fix == "write the content as one text"
+
+
+@pytest.mark.parametrize("content", ["\ud83d", "a\udfffb"])
+@pytest.mark.parametrize("name", ["text", "messages", "prompt_completion"])
+def test_half_a_character_is_refused(name: FormatName, content: str) -> None:
+    fields = json.loads(json.dumps(ROWS[name]))
+    if name == "messages":
+        fields["messages"][1]["content"] = content
+    else:
+        fields[list(fields)[-1]] = content
+    assert fail(fields).code == "not-text"
+
+
+def test_other_alphabets_are_read_as_written() -> None:
+    messages = [{"role": "user", "content": "\u4f60\u597d \U0001f3b5"}, {"role": "assistant", "content": "\u00e5"}]
+    assert read({"messages": messages}).messages == tuple(messages)
+
+
+def test_lists_may_be_written_as_json_text_where_only_a_list_can_be_meant() -> None:
+    fields = {"messages": json.dumps([USER, ASSISTANT]), "tools": json.dumps([TOOL])}
+    assert read(fields).messages == (USER, ASSISTANT)
+    assert read(fields).tools == (TOOL,)
+    assert read({"prompt": "[1, 2]", "completion": "3"}).messages[0]["content"] == "[1, 2]"

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
+from utils import file_lines
 from utils.data_loading import (
     SHOWN_PROBLEMS,
     Row,
     iterate_batches,
+    iterate_file,
     load_rows,
     read_text_lines,
-    rename_rows,
+    rename_row,
     split_rows,
 )
 from utils.exceptions import DataError
@@ -161,9 +169,11 @@ def test_a_folder_is_not_a_data_file(tmp_path: Path) -> None:
     assert error.problems[0].where == str(folder)
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows", "rows.jsonl.gz"])
+@pytest.mark.parametrize("name", ["rows.xlsx", "rows.txt", "rows", "rows.gz", "rows.parquet.gz", "rows.zip"])
 def test_a_file_of_another_kind_is_refused_by_its_ending(tmp_path: Path, name: str) -> None:
-    assert ".jsonl" in (fail(write(tmp_path / name, '{"text": "a"}')).problems[0].fix or "")
+    (problem,) = fail(write(tmp_path / name, '{"text": "a"}')).problems
+    assert problem.code == "unknown-file"
+    assert ".jsonl" in (problem.fix or "")
 
 
 @pytest.mark.parametrize(
@@ -192,8 +202,8 @@ def test_columns_are_renamed_and_the_others_kept(tmp_path: Path) -> None:
 
 
 def test_two_columns_can_swap_their_names() -> None:
-    (row,) = rename_rows([Row({"a": 1, "b": 2}, "x:1")], {"a": "b", "b": "a"})
-    assert row.fields == {"a": 2, "b": 1}
+    row = rename_row(Row({"a": 1, "b": 2}, "x:1"), {"a": "b", "b": "a"})
+    assert row == Row({"a": 2, "b": 1}, "x:1")
 
 
 def test_renaming_a_column_that_a_row_lacks_is_refused_with_its_line(tmp_path: Path) -> None:
@@ -281,3 +291,174 @@ def test_a_prompt_file_that_is_empty_or_unreadable_is_refused(tmp_path: Path, co
 def test_a_row_is_what_json_says(tmp_path: Path) -> None:
     fields = {"messages": [{"role": "user", "content": 'a\nb\t"c" \U0001f3b5'}], "level": 1.5, "none": None}
     assert load_rows(write(tmp_path / "a.ndjson", json.dumps(fields)))[0].fields == fields
+
+
+ROWS: list[dict[str, Any]] = [{"text": "one, two", "id": "1"}, {"text": 'tw\u00f6 "quoted"\nlines', "id": "2"}]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+KINDS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
+    "a.jsonl": write_jsonl,
+    "a.ndjson": write_jsonl,
+    "a.json": write_json,
+    "a.csv": write_csv,
+    "a.parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("is_gzip", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, is_gzip: bool) -> None:
+    path = tmp_path / name
+    KINDS[name](path, ROWS)
+    if is_gzip:
+        if name == "a.parquet":
+            pytest.skip("Parquet is compressed inside")
+        packed = tmp_path / f"{name}.GZ"
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+        path = packed
+    rows = load_rows(str(path))
+    assert [row.fields for row in rows] == ROWS
+    assert all(row.where.startswith(f"{path}:") for row in rows)
+
+
+def test_a_row_of_a_csv_file_knows_the_line_on_which_it_starts(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'text,id\n"one\nmore\nlines",1\n\ntwo,2\n')
+    assert load_rows(path) == [
+        Row({"text": "one\nmore\nlines", "id": "1"}, f"{path}:2"),
+        Row({"text": "two", "id": "2"}, f"{path}:6"),
+    ]
+
+
+def test_an_empty_cell_of_a_csv_file_is_absent(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "\ufeffinstruction,input,output\r\nSing.,,La\r\n")
+    assert load_rows(path)[0].fields == {"instruction": "Sing.", "output": "La"}
+
+
+@pytest.mark.parametrize("line", ["one", "one,2,3", 'one,"2"x', "one,\xff2"])
+def test_a_bad_line_of_a_csv_file_is_refused_with_its_number_and_the_others_are_read(tmp_path: Path, line: str) -> None:
+    content = f"text,id\nfine,1\n{line}\nfine,3\n".encode("latin-1")
+    (problem,) = fail(write(tmp_path / "a.csv", content)).problems
+    assert problem.where == f"{tmp_path}/a.csv:3"
+
+
+def test_a_quote_that_never_ends_is_refused_where_it_starts(tmp_path: Path) -> None:
+    # csv's default swallows the rest of the file into one cell without a word.
+    (problem,) = fail(write(tmp_path / "a.csv", 'text,id\nfine,1\n"two,2\nthree,3\n')).problems
+    assert (problem.code, problem.where) == ("not-csv", f"{tmp_path}/a.csv:3")
+
+
+@pytest.mark.parametrize(
+    ("content", "word"), [("text;id\na;1\n", "commas"), ("text\tid\na\t1\n", "commas"), ("a,a\n1,2\n", "'a'")]
+)
+def test_a_csv_header_that_cannot_be_meant_is_refused(tmp_path: Path, content: str, word: str) -> None:
+    error = fail(write(tmp_path / "a.csv", content))
+    assert error.problems[0].where == f"{tmp_path}/a.csv:1"
+    assert word in str(error)
+
+
+def test_lists_of_messages_in_tables_are_json_text(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    row = {"messages": json.dumps(messages), "prompt": json.dumps(messages[:1]), "completion": "[1] is a list"}
+    write_csv(tmp_path / "a.csv", [row])
+    fields = load_rows(str(tmp_path / "a.csv"))[0].fields
+    assert fields == {"messages": messages, "prompt": messages[:1], "completion": "[1] is a list"}
+
+
+def test_keys_that_parquet_adds_to_structs_are_absent(tmp_path: Path) -> None:
+    # All structs of an Arrow column have the same keys: a user's message came back with tool_calls null.
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Oh", "tool_call_id": "1"}]
+    write_parquet(tmp_path / "a.parquet", [{"messages": messages, "level": None}, {"messages": messages, "level": 1}])
+    rows = load_rows(str(tmp_path / "a.parquet"))
+    assert rows[0] == Row({"messages": messages}, f"{tmp_path}/a.parquet:1")
+    assert rows[1].where == f"{tmp_path}/a.parquet:2"
+
+
+def test_rows_of_many_parquet_batches_are_numbered_without_a_gap(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"text": str(number)} for number in range(1, 2501)])
+    rows = load_rows(str(tmp_path / "a.parquet"))
+    assert [row.where for row in rows] == [f"{tmp_path}/a.parquet:{row.fields['text']}" for row in rows]
+    assert len(rows) == 2500
+
+
+@pytest.mark.parametrize("cut", [10, 60])
+def test_a_gzip_file_that_breaks_off_is_refused(tmp_path: Path, cut: int) -> None:
+    packed = gzip.compress(("".join(json.dumps({"text": str(n)}) + "\n" for n in range(500))).encode())
+    error = fail(write(tmp_path / "a.jsonl.gz", packed[:-cut]))
+    assert error.problems[0].code == "unreadable"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
+def test_a_file_that_is_not_what_its_ending_says_is_refused(tmp_path: Path, name: str) -> None:
+    assert fail(write(tmp_path / name, '{"text": "a"}\n')).problems[0].code == "unreadable"
+
+
+def test_a_file_in_utf_16_is_refused_once(tmp_path: Path) -> None:
+    (problem,) = fail(write(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": "b"}\n'.encode("utf-16"))).problems
+    assert "UTF-16" in problem.message
+
+
+def test_one_json_object_over_several_lines_is_refused_once(tmp_path: Path) -> None:
+    (problem,) = fail(write(tmp_path / "a.json", json.dumps({"data": ROWS}, indent=2))).problems
+    assert "array" in (problem.fix or "")
+
+
+def test_bad_bytes_are_a_problem_of_their_line_alone(tmp_path: Path) -> None:
+    error = fail(write(tmp_path / "a.jsonl", b'{"text": "\xff"}\n{"text": "fine"}\n{oops\n{"text": "\xfe"}\n'))
+    assert [problem.where for problem in error.problems] == [f"{tmp_path}/a.jsonl:{line}" for line in (1, 3, 4)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_line_without_end_is_a_problem_and_not_all_of_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(file_lines, "LONGEST_LINE", 100)
+    monkeypatch.setattr(file_lines, "CHUNK", 16)
+    rows = (
+        ["text", "fine", "x" * 200, "fine"] if name == "a.csv" else ['{"text": "fine"}', "x" * 200, '{"text": "fine"}']
+    )
+    (problem,) = fail(write(tmp_path / name, "\n".join(rows))).problems
+    assert (problem.code, problem.where) == ("long-line", f"{tmp_path}/{name}:{len(rows) - 1}")
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
+def test_rows_are_the_same_however_the_file_is_cut_into_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "\u00e5\u00e4\u00f6"}\r\n\n\n{"text": "\U0001f3b5"}\n{"text": "c"}')
+    monkeypatch.setattr(file_lines, "CHUNK", max(chunk, 4))
+    assert [(row.fields["text"], row.where[-1]) for row in load_rows(path)] == [
+        ("\u00e5\u00e4\u00f6", "1"),
+        ("\U0001f3b5", "4"),
+        ("c", "5"),
+    ]
+
+
+def test_a_linked_file_is_read_like_the_file(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", '{"text": "one"}\n')
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    assert load_rows(str(tmp_path / "link.jsonl"))[0].where == f"{tmp_path}/link.jsonl:1"
+
+
+def test_rows_of_a_large_file_come_before_it_is_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write(path, '{"text": "one"}\n' * 200_000 + "{oops\n")
+    assert next(iterate_file(path)) == Row({"text": "one"}, f"{path}:1")

@@ -58,7 +58,6 @@ def test_a_merge_that_loses_the_adapter_to_rounding_is_refused_and_leaves_nothin
             torch.nn.init.normal_(parameter, std=3.0)
     folder = RunFolder(tmp_path)
     torch_backend.save_weights(model, folder.adapter)
-    folder.write_facts({"row_format": "messages"})
     tokenizer = TokenizerUtils(load_tokenizer(base))
     with pytest.raises(AdapterError, match="drifts"):
         merge_run(torch_backend, loaded, source, folder, tokenizer, tmp_path / "merged")

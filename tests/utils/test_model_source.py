@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from config.structured_config import ModelSection
 from utils.exceptions import ModelLoadingError, RecipeError, TunebookError
 from utils.model_source import (
+    MAX_CONFIG_BYTES,
     ModelSource,
     find_model,
     hash_file,
@@ -129,11 +130,69 @@ def test_linear_modules_of_an_unknown_family_without_weights_are_none(folder: Pa
     assert list_linear_modules(find(folder, with_weights=False)) == []
 
 
-def test_linear_modules_are_collected_over_all_weight_files(folder: Path) -> None:
-    save_file(
-        {"model.layers.1.mlp.down_proj.weight": np.zeros((4, 6), dtype=np.float32)}, folder / "model-2.safetensors"
-    )
-    assert list_linear_modules(find(folder)) == ["down_proj", "q_proj", "up_proj"]
+@pytest.fixture
+def parts(folder: Path) -> Path:
+    """The folder with its weights in two files and an index."""
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    more = {"model.layers.1.mlp.down_proj.weight": np.zeros((4, 6), dtype=np.float32)}
+    save_file(more, folder / "model-2.safetensors")
+    write_index(folder, {"a": "model-1.safetensors", "b": "model-2.safetensors"})
+    return folder
+
+
+def write_index(folder: Path, weight_map: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_linear_modules_are_collected_over_all_weight_files(parts: Path) -> None:
+    assert list_linear_modules(find(parts)) == ["down_proj", "q_proj", "up_proj"]
+
+
+def test_weights_that_transformers_would_not_load_are_not_read(folder: Path) -> None:
+    # Some models carry a second copy in another layout: its names became LoRA targets, its bytes part of the hash.
+    first = find(folder).hash_weights()
+    save_file({"layers.0.attention.wq.weight": np.zeros((4, 4), np.float32)}, folder / "consolidated.safetensors")
+    source = find(folder)
+    assert list_linear_modules(source) == ["q_proj", "up_proj"]
+    assert source.hash_weights() == first
+
+
+def test_a_missing_part_of_the_weights_is_named(parts: Path) -> None:
+    (parts / "model-2.safetensors").unlink()
+    with pytest.raises(
+        ModelLoadingError, match=r"1 of 2 weight files are missing, such as model-2\.safetensors"
+    ) as caught:
+        find(parts)
+    assert caught.value.problems[0].code == "incomplete"
+    assert list_linear_modules(find(parts, with_weights=False)) == ["q_proj", "up_proj"]
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "model.bin", ".."])
+def test_an_index_that_names_a_file_elsewhere_or_a_pickle_is_refused(parts: Path, name: str) -> None:
+    write_index(parts, {"a": "model-1.safetensors", "b": name})
+    assert fail(parts) == "unsafe-index"
+
+
+@pytest.mark.parametrize("weight_map", [None, [], "x", {"a": 3}])
+def test_a_damaged_index_is_refused(parts: Path, weight_map: Any) -> None:
+    write_index(parts, weight_map)
+    assert fail(parts) == "damaged"
+
+
+def test_a_folder_with_an_adapter_only_says_so(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelLoadingError, match="is an adapter, not a whole model"):
+        find(folder)
+
+
+def test_a_config_that_is_too_large_or_too_deep_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+    assert fail(folder) == "no-config"
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(MAX_CONFIG_BYTES + 1)
+    with pytest.raises(ModelLoadingError, match="too large"):
+        find(folder)
 
 
 @pytest.mark.parametrize("length", [2**63, 200_000_000, 1000])

@@ -17,7 +17,6 @@ from utils.run_folder import (
     create_run_folder,
     find_git_state,
     find_run,
-    hash_files,
     mark_latest,
     write_text_atomically,
 )
@@ -202,13 +201,6 @@ def test_metrics_are_one_json_row_a_line(folder: Path) -> None:
         run.append_metrics(row)
     assert [json.loads(line) for line in run.metrics_file.read_text().splitlines()] == rows
     assert run.read_metrics() == rows
-
-
-def test_the_hash_of_data_files_goes_by_their_bytes_and_order(folder: Path) -> None:
-    for name, text in (("a", "one"), ("b", "two"), ("c", "one")):
-        (folder / name).write_text(text)
-    assert hash_files(["a"]) == hash_files(["c"]) != hash_files(["b"])
-    assert hash_files(["a", "b"]) != hash_files(["b", "a"])
 
 
 def test_versions_and_commit_are_recorded() -> None:

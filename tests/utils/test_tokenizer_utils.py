@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from config.structured_config import ModelSection
 from utils.data_formats import Example, Message, read_example
 from utils.data_loading import Row
-from utils.exceptions import DataError, RecipeError
+from utils.exceptions import DataError, ModelLoadingError, RecipeError
 from utils.model_source import find_model
-from utils.tokenizer_utils import (
-    EncodedExample,
-    TokenizerUtils,
-    ensure_pad_token,
-    fit_length,
-    load_tokenizer,
-    read_template,
-)
+from utils.tokenizer_utils import EncodedExample, TokenizerUtils, ensure_pad_token, fit_length, load_tokenizer
 
 TRL = importlib.util.find_spec("trl")
 CHAT_TEMPLATES = Path(TRL.submodule_search_locations[0]) / "chat_templates" if TRL else Path()  # type: ignore[index]
@@ -52,7 +46,6 @@ FAMILIES: dict[str, tuple[tuple[str, ...], str | None, str, str]] = {
     "qwen3": (QWEN_TOKENS, None, "<|im_end|>", "<|im_end|>"),
     "gemma": (("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<bos>", "<eos>", "<end_of_turn>"),
 }
-WITH_ORACLE = ("llama3", "phi3", "qwen2_5", "qwen3", "gemma")
 SINGLE = (("user", "What is 2 + 2?"), ("assistant", "It is 4."))
 MULTI = (*SINGLE, ("user", "And 3 + 3?"), ("assistant", "That is 6,\nof course."))
 CONVERSATIONS = {
@@ -153,62 +146,8 @@ def find_learned(tokenizer: Any, encoded: EncodedExample) -> list[str]:
     return [tokenizer.decode(run) for run in runs]
 
 
-def spell(tokenizer: Any, ids: Any, mask: Any) -> tuple[str, list[bool]]:
-    """The text of token ids, and for each character whether its token is learned (ASCII only)."""
-    text, learned = "", []
-    for index, flag in zip(ids, mask, strict=True):
-        piece = tokenizer.decode([int(index)])
-        text += piece
-        learned += [bool(flag)] * len(piece)
-    return text, learned
-
-
 def supports(family: str, conversation: str) -> bool:
     return not (family == "gemma" and conversation.startswith("system"))
-
-
-@NEEDS_TRL
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
-@pytest.mark.parametrize("family", WITH_ORACLE)
-def test_the_mask_is_that_of_the_templates_training_form(
-    family_tokenizers: dict[str, Any], family: str, conversation: str
-) -> None:
-    if not supports(family, conversation):
-        pytest.skip("Gemma has no system role")
-    if family == "qwen3" and conversation.endswith("multi"):
-        pytest.skip("trl's training form writes think blocks that the model's own template leaves out")
-    tokenizer, end = family_tokenizers[family], FAMILIES[family][3]
-    training = (CHAT_TEMPLATES / f"{family}_training.jinja").read_text(encoding="utf-8")
-    turns = CONVERSATIONS[conversation]
-    oracle = tokenizer.apply_chat_template(
-        list(make_messages(turns)),
-        chat_template=training,
-        return_assistant_tokens_mask=True,
-        return_dict=True,
-        tokenize=True,
-    )
-    expected_text, expected = spell(tokenizer, oracle["input_ids"], oracle["assistant_masks"])
-    # Two differences are meant. Theirs learns the line break behind the terminator (and for Phi-3 the eos behind that),
-    # which inference never reaches; for Qwen2.5 also the line break that the generation prompt ends with. Both are taken
-    # off here. Texts are compared by character, since ours never lets a token straddle prompt and answer.
-    position = 0
-    while (position := expected_text.find(end, position)) >= 0:
-        position += len(end)
-        behind = position
-        while behind < len(expected) and expected[behind]:
-            expected[behind] = False
-            behind += 1
-    for start in range(1, len(expected)):
-        if expected[start] and not expected[start - 1] and expected_text[start] == "\n":
-            expected[start] = False
-    encoded = TokenizerUtils(tokenizer).encode_example(make_example(turns))
-    text, learned = spell(tokenizer, encoded.input_ids, encoded.loss_mask)
-    assert expected_text.startswith(text)
-    assert expected_text[len(text) :] in ("", "\n", f"\n{tokenizer.eos_token}")
-    assert learned == expected[: len(learned)]
-    assert sum(learned) == sum(expected) > 0
-    if family in ("phi3", "qwen2_5", "gemma"):  # one line break before the answer: the tokens must be the same, too
-        assert encoded.input_ids.tolist() == oracle["input_ids"][: len(encoded.input_ids)]
 
 
 @NEEDS_TRL
@@ -246,7 +185,8 @@ def test_each_learned_turn_is_its_answer_and_its_terminator(
     if not supports(family, conversation):
         pytest.skip("Gemma has no system role")
     tokenizer, end, turns = family_tokenizers[family], FAMILIES[family][3], PROMPTED[conversation]
-    runs = find_learned(tokenizer, TokenizerUtils(tokenizer).encode_example(make_example(turns)))
+    encoded = TokenizerUtils(tokenizer).encode_conversation(make_example(turns))
+    runs = [run for one in encoded for run in find_learned(tokenizer, one)]
     answers = [content for role, content in turns if role == "assistant"]
     assert len(runs) == len(answers)
     for run, answer in zip(runs, answers, strict=True):
@@ -420,14 +360,17 @@ def test_alpaca_rows_take_the_alpaca_template_where_there_is_no_chat_template(ow
 
 def test_completions_take_the_raw_template_where_there_is_no_chat_template(own_tokenizer: Any) -> None:
     own_tokenizer.chat_template = None
-    encoded = TokenizerUtils(own_tokenizer).encode_example(read({"prompt": "2 + 2 =", "completion": " 4"}))
+    tools = TokenizerUtils(own_tokenizer, row_formats=("prompt_completion",))
+    encoded = tools.encode_example(read({"prompt": "2 + 2 =", "completion": " 4"}))
     assert own_tokenizer.decode(encoded.input_ids) == "2 + 2 = 4<|im_end|>"
 
 
 def test_strategy_standard_sets_the_chat_template_aside(tokenizer: Any) -> None:
     tools = TokenizerUtils(tokenizer, strategy="standard")
     assert tools.strategy == "standard"
-    assert tools.render(make_messages(SINGLE), "prompt_completion") == "What is 2 + 2?It is 4.<|im_end|>"
+    assert tools.template.name == "alpaca"
+    raw = TokenizerUtils(tokenizer, strategy="standard", row_formats=("prompt_completion", "text"))
+    assert raw.render(make_messages(SINGLE)) == "What is 2 + 2?It is 4.<|im_end|>"
     assert TokenizerUtils(tokenizer).strategy == "chat"
 
 
@@ -444,9 +387,10 @@ def test_chatml_writes_each_role_between_its_marks(tokenizer: Any) -> None:
 
 def test_chatml_is_refused_for_a_tokenizer_without_its_tokens(base_tokenizer: Any) -> None:
     # <|im_end|> would fall apart into letters, and no single token would end a turn.
-    with pytest.raises(DataError) as caught:
-        TokenizerUtils(base_tokenizer, template="chatml").encode_example(make_example(SINGLE))
-    assert caught.value.problems[0].code == "no-terminator"
+    with pytest.raises(RecipeError, match=r"<.im_start.> <.im_end.>") as caught:
+        TokenizerUtils(base_tokenizer, template="chatml")
+    assert caught.value.problems[0].code == "template-tokens"
+    assert (caught.value.problems[0].fix or "").endswith(": alpaca, llama2, mistral, raw, vicuna, zephyr")
 
 
 def write_template(tmp_path: Path, source: str) -> str:
@@ -466,14 +410,6 @@ def test_a_template_may_be_a_file(tokenizer: Any, tmp_path: Path) -> None:
         "<|im_start|>user: What is 2 + 2?<|im_end|><|im_start|>assistant: It is 4.<|im_end|>"
     )
     assert find_learned(tokenizer, encoded) == ["It is 4.<|im_end|>"]
-
-
-@pytest.mark.parametrize("name", ["chatmll", "none.jinja", "../alpaca", ""])
-def test_an_unknown_template_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        read_template(name)
-    assert caught.value.problems[0].where == "data.template"
-    assert "alpaca, chatml, raw" in (caught.value.problems[0].fix or "")
 
 
 BAD_TEMPLATES = {
@@ -510,29 +446,41 @@ def test_a_template_that_would_be_masked_wrongly_is_refused_with_the_row(
     assert caught.value.problems[0].where == "rows.jsonl:7"
 
 
-def test_a_template_that_rewrites_history_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_template_that_rewrites_history_gets_a_sequence_for_each_turn(tokenizer: Any, tmp_path: Path) -> None:
     # As reasoning templates do: an answer looks different as soon as another turn follows it.
     content = "{% if m.role == 'assistant' and not loop.last %}(old){% else %}{{ m.content }}{% endif %}"
     source = BEGINNING + content + "<|im_end|>{% endfor %}"
     tools = TokenizerUtils(tokenizer, template=write_template(tmp_path, source + PROMPT))
-    tools.encode_example(make_example(SINGLE))
-    with pytest.raises(DataError):
-        tools.encode_example(make_example(MULTI))
+    assert len(tools.encode_conversation(make_example(SINGLE))) == 1
+    first, second = tools.encode_conversation(make_example(MULTI))
+    assert find_learned(tokenizer, first) == ["It is 4.<|im_end|>"]
+    assert find_learned(tokenizer, second) == ["That is 6,\nof course.<|im_end|>"]
+    assert "(old)" in tokenizer.decode(second.input_ids)
+    assert tools.encode_example(make_example(MULTI)).input_ids.tolist() == second.input_ids.tolist()
 
 
-def test_a_template_that_ends_only_its_last_turn_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+def test_under_loss_on_last_and_all_a_rewritten_history_is_one_sequence(tokenizer: Any, tmp_path: Path) -> None:
+    content = "{% if m.role == 'assistant' and not loop.last %}(old){% else %}{{ m.content }}{% endif %}"
+    path = write_template(tmp_path, BEGINNING + content + "<|im_end|>{% endfor %}" + PROMPT)
+    for policy in ("last", "all"):
+        (encoded,) = TokenizerUtils(tokenizer, path, loss_on=policy).encode_conversation(make_example(MULTI))  # type: ignore[arg-type]
+        assert "(old)" in tokenizer.decode(encoded.input_ids)
+        assert encoded.loss_mask[-1]
+        assert encoded.loss_mask.all() == (policy == "all")
+
+
+def test_a_template_that_ends_only_its_last_turn_teaches_each_turn_to_end(tokenizer: Any, tmp_path: Path) -> None:
     # The first control token behind turn 1 is then the mark of the next user: learning it would teach the model to go on
     # as the user, since generation does not stop there.
     source = (
         BEGINNING + "{{ m.content }}\n{% endfor %}" + PROMPT + "{% if not add_generation_prompt %}<|im_end|>{% endif %}"
     )
     tools = TokenizerUtils(tokenizer, template=write_template(tmp_path, source))
-    assert find_learned(tokenizer, tools.encode_example(make_example(SINGLE))) == ["It is 4.\n<|im_end|>"]
-    with pytest.raises(DataError):
-        tools.encode_example(make_example(MULTI))
+    runs = [find_learned(tokenizer, encoded) for encoded in tools.encode_conversation(make_example(MULTI))]
+    assert runs == [["It is 4.\n<|im_end|>"], ["That is 6,\nof course.\n<|im_end|>"]]
 
 
-@pytest.mark.parametrize("source", ["{{ messages[0].nothing.at_all }}", "{% for %}", "{{ raise_exception('no') }}"])
+@pytest.mark.parametrize("source", ["{{ messages[0].nothing.at_all }}", "{{ 1 / 0 }}", "{{ raise_exception('no') }}"])
 def test_a_template_that_fails_is_an_error_with_its_row(tokenizer: Any, tmp_path: Path, source: str) -> None:
     with pytest.raises(DataError) as caught:
         TokenizerUtils(tokenizer, template=write_template(tmp_path, source)).encode_example(make_example(SINGLE))
@@ -649,7 +597,11 @@ def test_pad_falls_back_to_eos_where_no_reserved_token_is_left(base_tokenizer: A
 def test_a_base_models_tokenizer_encodes_every_format(base_tokenizer: Any) -> None:
     tools = TokenizerUtils(base_tokenizer)
     assert tools.strategy == "standard"
-    rows = [{"prompt": "a =", "completion": " b"}, {"instruction": "a", "output": "b"}, {"text": "Once"}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a =", "completion": " b"},
+        {"instruction": "a", "output": "b"},
+        {"text": "Once"},
+    ]
     for row in rows:
         encoded = tools.encode_example(read(row))
         assert encoded.input_ids[-1] == base_tokenizer.eos_token_id
@@ -666,8 +618,6 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 3}'])
 def test_a_damaged_tokenizer_is_an_error_with_its_folder(tmp_path: Path, content: str) -> None:
-    from utils.exceptions import ModelLoadingError
-
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ModelLoadingError) as caught:
         load_tokenizer(tmp_path)
@@ -675,8 +625,18 @@ def test_a_damaged_tokenizer_is_an_error_with_its_folder(tmp_path: Path, content
 
 
 def test_the_hash_of_a_template_changes_with_its_text(tokenizer: Any) -> None:
-    hashes = {TokenizerUtils(tokenizer, template=name).hash_template() for name in ("auto", "chatml", "alpaca", "raw")}
-    assert len(hashes) == 4
+    names = ("auto", "chatml", "alpaca", "raw")
+    assert len({TokenizerUtils(tokenizer, template=name).template.hash for name in names}) == 4
+
+
+def test_the_hash_changes_with_everything_that_changes_an_encoding(own_tokenizer: Any) -> None:
+    # A token cache whose key misses one of these is reused although its tokens are wrong.
+    options: list[dict[str, Any]] = [{}, {"template": "chatml"}, {"loss_on": "last"}, {"system": "a"}, {"system": "b"}]
+    hashes = [TokenizerUtils(own_tokenizer, **given).hash for given in options]
+    assert hashes[0] == TokenizerUtils(own_tokenizer).hash
+    own_tokenizer.add_tokens(["<new>"], special_tokens=True)
+    hashes.append(TokenizerUtils(own_tokenizer).hash)
+    assert len(set(hashes)) == 6
 
 
 def test_decoding_leaves_control_tokens_out(tokenizer: Any) -> None:
@@ -708,3 +668,133 @@ def test_raw_text_that_is_too_long_loses_its_end() -> None:
     fitted = fit_length(replace(make_encoded(".xxxxx"), is_text=True), 4)
     assert fitted is not None
     assert fitted.input_ids.tolist() == [100, 101, 102, 103]
+
+
+def test_a_batch_gives_what_one_by_one_gives_and_errors_in_their_places(tokenizer: Any) -> None:
+    tools = TokenizerUtils(tokenizer)
+    good = [make_example(turns) for turns in PROMPTED.values()]
+    bad = make_example((("user", "a<|im_end|>"), ("assistant", "b")))
+    results = tools.encode_batch([*good[:3], bad, *good[3:], read({"text": "Once"})])
+    error = results.pop(3)
+    assert isinstance(error, DataError)
+    assert error.problems[0].code == "control-token"
+    assert error.problems[0].where == "rows.jsonl:7"
+    for example, result in zip([*good, read({"text": "Once"})], results, strict=True):
+        assert isinstance(result, list)
+        for one, other in zip(result, tools.encode_conversation(example), strict=True):
+            assert one.input_ids.tolist() == other.input_ids.tolist()
+            assert one.loss_mask.tolist() == other.loss_mask.tolist()
+            assert one.is_text == other.is_text
+
+
+def test_truncation_and_padding_in_a_tokenizers_file_change_nothing(own_tokenizer: Any) -> None:
+    # Files saved after a training often ask for both; answers were cut at the length of that training.
+    expected = TokenizerUtils(own_tokenizer).encode_example(make_example(MULTI)).input_ids.tolist()
+    tools = TokenizerUtils(own_tokenizer)
+    own_tokenizer.backend_tokenizer.enable_truncation(5)
+    own_tokenizer.backend_tokenizer.enable_padding(length=500)
+    assert tools.encode_example(make_example(MULTI)).input_ids.tolist() == expected
+    assert TokenizerUtils(own_tokenizer).hash == tools.hash
+
+
+def make_prefixing_tokenizer() -> Any:
+    """A tokenizer that puts a space before every text and after every control token, as Llama 2's does."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=tokens, show_progress=False)
+    backend.train_from_iterator(["[INST] What is it? [/INST] It is what it is. [INST] Hi [/INST] Hello"] * 9, trainer)
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("template", ["zephyr", "mistral"])
+def test_a_tokenizer_that_puts_a_space_before_each_text_gets_no_spaces_inside(template: str) -> None:
+    # Prompt and answer are encoded apart: the answer got a second space in front, which inference never sees.
+    tokenizer = make_prefixing_tokenizer()
+    tools = TokenizerUtils(tokenizer, template)
+    example = make_example(
+        (("user", "What is it?"), ("assistant", "It is what it is."), ("user", "Hi"), ("assistant", "Hello"))
+    )
+    encoded = tools.encode_example(example)
+    whole = tokenizer(tools.render(example.messages), add_special_tokens=False).input_ids
+    assert encoded.input_ids.tolist() == whole[: len(encoded.input_ids)]
+    prompt = tools.encode_prompt(example.prompt)
+    assert encoded.input_ids[: len(prompt)].tolist() == prompt.tolist()
+    assert encoded.loss_mask[-1]
+
+
+def test_a_row_that_would_begin_with_two_begin_of_text_tokens_is_refused() -> None:
+    tokenizer = make_prefixing_tokenizer()
+    source = (
+        "<s>{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match="two begin-of-text") as caught:
+        TokenizerUtils(tokenizer, source).encode_example(make_example(SINGLE))
+    assert caught.value.problems[0].code == "two-bos"
+
+
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_a_template_that_leaves_out_what_was_asked_is_refused(tokenizer: Any, role: str) -> None:
+    # The answer is there, so the mask is right; but the model would learn to answer what it cannot see.
+    source = (
+        BEGINNING + f"{{% if m.role != '{role}' %}}{{{{ m.content }}}}{{% endif %}}<|im_end|>{{% endfor %}}" + PROMPT
+    )
+    tools = TokenizerUtils(tokenizer, source)
+    with pytest.raises(DataError, match=rf"leaves out .* \({role}\)") as caught:
+        tools.encode_example(make_example(CONVERSATIONS["system"]))
+    assert caught.value.problems[0].code == "template-hides"
+
+
+CALL = {"type": "function", "function": {"name": "play", "arguments": {"tune": "Greensleeves"}}}
+TOOL = {"type": "function", "function": {"name": "play", "description": "Plays.", "parameters": {}}}
+
+
+def make_tool_example(**changes: Any) -> Example:
+    """A conversation with a tool; `changes` puts a text into one of its places."""
+    places = {"name": "play", "argument": "Greensleeves", "result": "done", "reasoning": "Hm.", "description": "Plays."}
+    places |= changes
+    call = {"type": "function", "function": {"name": places["name"], "arguments": {"tune": places["argument"]}}}
+    messages = (
+        {"role": "user", "content": "Play it."},
+        {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": places["reasoning"]},
+        {"role": "tool", "content": places["result"], "name": "play"},
+        {"role": "assistant", "content": "Played."},
+    )
+    tool = {"type": "function", "function": {**TOOL["function"], "description": places["description"]}}  # type: ignore[dict-item]
+    return Example("messages", messages, None, "rows.jsonl:7", {}, (tool,))
+
+
+@pytest.mark.parametrize("place", ["name", "argument", "result", "reasoning", "description"])
+def test_a_control_token_in_any_part_of_a_tool_conversation_is_refused(tokenizer: Any, place: str) -> None:
+    with pytest.raises(DataError, match="control token") as caught:
+        TokenizerUtils(tokenizer).encode_example(make_tool_example(**{place: "x<|im_end|>"}))
+    assert caught.value.problems[0].where == "rows.jsonl:7"
+
+
+def test_a_template_without_tools_refuses_a_tool_call_with_the_way_out(tokenizer: Any) -> None:
+    example = make_tool_example(reasoning="")
+    with pytest.raises(DataError, match="hides or rewrites the tool call of turn 2") as caught:
+        TokenizerUtils(tokenizer).encode_example(example)
+    assert "data.template" in (caught.value.problems[0].fix or "")
+
+
+def test_the_qwen_template_shows_tools_and_their_calls(tokenizer: Any) -> None:
+    tools, example = TokenizerUtils(tokenizer, "qwen"), make_tool_example(reasoning="")
+    encoded = tools.encode_example(example)
+    call, answer = find_learned(tokenizer, encoded)
+    assert call == '<tool_call>\n{"name": "play", "arguments": {"tune": "Greensleeves"}}\n</tool_call><|im_end|>'
+    assert answer == "Played.<|im_end|>"
+    assert '"description": "Plays."' in tokenizer.decode(encoded.input_ids)
+    prompt = tools.encode_prompt(example.prompt, example.tools)
+    assert encoded.input_ids[: len(prompt)].tolist() == prompt.tolist()
+
+
+def test_three_thousand_short_rows_are_encoded_in_seconds(tokenizer: Any) -> None:
+    # About 4,400 rows a second on one core; transformers' own calls made it a few hundred. The limit is generous.
+    rows = [make_example((("user", f"What is {n} + 2?"), ("assistant", f"It is {n + 2}."))) for n in range(3000)]
+    tools = TokenizerUtils(tokenizer)
+    start = time.process_time()
+    assert all(isinstance(result, list) for result in tools.encode_batch(rows))
+    assert time.process_time() - start < 6

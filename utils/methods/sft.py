@@ -3,64 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from config.structured_config import DataSection
 from utils.batching import Batch, iterate_windows, make_micro_batches
 from utils.data_formats import Example
-from utils.data_loading import SHOWN_PROBLEMS, raise_problems
 from utils.exceptions import DataError, Problem
-from utils.logging import get_logger
-from utils.tokenizer_utils import EncodedExample, TokenizerUtils, fit_length
+from utils.piece_encoder import EncodedExample
+from utils.row_checks import ProblemLog
+from utils.tokenizer_utils import TokenizerUtils, fit_length
+
+SHOWN_PLACES = 5
 
 
-def encode_examples(
-    examples: Sequence[Example], tokenizer: TokenizerUtils, data: DataSection, purpose: str
+@dataclass
+class EncodingCounts:
+    """What became of the rows of one set.
+
+    Attributes:
+        rows: rows read.
+        examples: sequences to learn from; a conversation can become several, one for each turn.
+        dropped: left out, because they are longer than `data.max_length`.
+        cut: shortened to it, never in their answer.
+        dropped_places: `file:line` of the first ones left out.
+    """
+
+    rows: int = 0
+    examples: int = 0
+    dropped: int = 0
+    cut: int = 0
+    dropped_places: list[str] = field(default_factory=list)
+
+
+def encode_rows(
+    rows: Sequence[Example], tokenizer: TokenizerUtils, data: DataSection, counts: EncodingCounts, problems: ProblemLog
 ) -> list[EncodedExample]:
-    """Encodes all examples and applies `data.overlong`, always with counts.
+    """Encodes rows and applies `data.overlong`.
 
     Args:
-        purpose: what the rows are for, as the log calls them, such as `training`.
+        counts: is added to.
+        problems: collects rows that cannot be encoded, or that are too long under `overlong: error`.
 
-    Raises:
-        DataError: rows that cannot be encoded, or that are too long under `overlong: error`.
+    Returns:
+        What can be learned from, in order.
     """
-    encoded: list[EncodedExample] = []
-    problems: list[Problem] = []
-    dropped: list[str] = []
-    cut = 0
-    for example in examples:
-        try:
-            whole = tokenizer.encode_example(example)
-        except DataError as error:
-            problems += error.problems
+    kept: list[EncodedExample] = []
+    for row, encoded in zip(rows, tokenizer.encode_batch(rows), strict=True):
+        counts.rows += 1
+        if isinstance(encoded, DataError):
+            for problem in encoded.problems:
+                problems.add(problem)
             continue
-        length = len(whole.input_ids)
-        fitted = whole if length <= data.max_length else fit_length(whole, data.max_length)
-        if length > data.max_length and data.overlong == "error":
-            fix = "raise data.max_length, or set data.overlong: drop or truncate"
-            message = f"{length} tokens are more than max_length {data.max_length}"
-            problems.append(Problem("too-long", message, example.where, fix))
-        elif fitted is None or (length > data.max_length and data.overlong == "drop"):
-            dropped.append(example.where)
-        else:
-            cut += fitted is not whole
-            encoded.append(fitted)
-    raise_problems(problems)
-    report_length_changes(purpose, dropped, cut, data.max_length)
-    if not encoded:
-        fix = "raise data.max_length"
-        raise DataError(f"no {purpose} row is short enough", where="data.max_length", fix=fix, code="no-rows")
-    return encoded
-
-
-def report_length_changes(purpose: str, dropped: Sequence[str], cut: int, max_length: int) -> None:
-    """Logs what overlong rows cost: nothing is left out in silence."""
-    if dropped:
-        shown = ", ".join(dropped[:SHOWN_PROBLEMS])
-        get_logger().warning("%d %s rows left out, longer than %d tokens: %s", len(dropped), purpose, max_length, shown)
-    if cut:
-        get_logger().warning("%d %s rows cut to %d tokens; no answer was cut", cut, purpose, max_length)
+        for whole in encoded:
+            length = len(whole.input_ids)
+            fitted = whole if length <= data.max_length else fit_length(whole, data.max_length)
+            if length > data.max_length and data.overlong == "error":
+                fix = "raise data.max_length, or set data.overlong: drop or truncate"
+                message = f"{length} tokens are more than max_length {data.max_length}"
+                problems.add(Problem("too-long", message, row.where, fix))
+            elif fitted is None or (length > data.max_length and data.overlong == "drop"):
+                counts.dropped += 1
+                if len(counts.dropped_places) < SHOWN_PLACES:
+                    counts.dropped_places.append(row.where)
+            else:
+                counts.cut += fitted is not whole
+                kept.append(fitted)
+    counts.examples += len(kept)
+    return kept
 
 
 @dataclass(frozen=True)

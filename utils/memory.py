@@ -1,0 +1,208 @@
+"""How much memory a run will need at its peak, from config.json and the lengths of its examples: no weights, no framework.
+
+The terms follow what the torch back end allocates; `utils/activations.py` counts what a forward pass leaves behind. What is not
+a tensor of ours (libraries, gaps in the heap) was measured on Linux with glibc 2.36, and each constant says how.
+`python benchmarks/memory.py` prints prediction and measurement side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from config.structured_config import Recipe
+from utils.activations import BYTES, MASTER, count_activations, count_adapters, count_layer
+from utils.exceptions import MachineError, Problem
+from utils.machine import Machine, choose_dtype
+from utils.model_shape import ModelShape
+from utils.model_source import ModelSource
+from utils.workload import ForwardPass, Workload, count_training_workers
+
+# Python with torch, transformers, peft and accelerate imported, and a thousand rows: resident size before the model is loaded.
+LIBRARIES = 430_000_000
+# Kernels, thread pools and Python objects that the first step brings; measured as the growth that no tensor explains.
+FIRST_STEP = 60_000_000
+# glibc keeps freed chunks (the back end asks it to), and an aligned request of the same size does not fit into one. The heap
+# settles above what is alive: one forward and backward pass needed 1.0 times its tensors, the same pass repeated 1.5 times.
+HEAP_GROWTH = 1.5
+# With gradient checkpointing the input that each layer keeps lies between its freed tensors, and the gaps stay: on the embedded
+# model the heap grew by 0.6 of what all layers together would have kept.
+CHECKPOINT_GAPS = 0.6
+# A worker thread's heap holds 64 MiB; glibc maps larger buffers one by one and gives them back when they are freed.
+WORKER_HEAP = 64 << 20
+# Copies of the logits at the start of the backward pass: log-probabilities, their gradient, and the gradient of the logits.
+TRAINING_LOGITS = 12
+EVALUATION_LOGITS = 8  # logits and log-probabilities in float32
+QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.516, "fp4": 0.516}  # 4 bits, and an 8-bit scale for each 64 weights
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes at the moment when a run needs most; `peak_memory_bytes` of run.json is the same number, measured.
+
+    Attributes:
+        weights: the model, and while loading also the file it is read from.
+        gradients: of the trained weights, for every micro-batch in flight.
+        optimizer: AdamW's two moments.
+        activations: what the backward pass needs of the forward pass.
+        logits: predictions over the vocabulary and their gradients.
+        overhead: libraries, gaps in the heap, and what the heap keeps; nothing on CUDA, where only tensors count.
+        phase: when it happens: `loading`, `training` or `evaluation`.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    overhead: int
+    phase: str
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts."""
+        return sum(self.__dict__[field.name] for field in fields(self) if field.name != "phase")
+
+    def to_json(self) -> dict[str, Any]:
+        """All parts and their sum, for `--json` and run.json."""
+        return {**self.__dict__, "total": self.total}
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Bytes that come and go while passes run side by side, by the place where glibc puts them.
+
+    Attributes:
+        activations: tensors of the layers.
+        logits: tensors of supervised tokens × vocabulary.
+        gradients: what trained weights' gradients need beyond the activations that they replace.
+        heap: all of it that lies in a heap, with the gaps.
+        mapped: all of it that is mapped buffer by buffer, and goes back to the system when it is freed.
+    """
+
+    activations: int = 0
+    logits: int = 0
+    gradients: int = 0
+    heap: int = 0
+    mapped: int = 0
+
+
+def estimate_memory(
+    recipe: Recipe, shape: ModelShape, machine: Machine, workload: Workload, stored_bytes: int | None = None
+) -> MemoryEstimate:
+    """Predicts the peak of a training run: the largest of loading, training and evaluating.
+
+    Args:
+        stored_bytes: size of the safetensors files (`measure_stored_bytes`); None takes two bytes for each parameter.
+    """
+    size = MASTER if recipe.lora is None else BYTES[choose_dtype(recipe.model.dtype, machine)]
+    base = count_weight_bytes(recipe, shape, size, machine)
+    adapters = MASTER * count_adapters(recipe.lora, shape)
+    training = measure_training(recipe, shape, machine, workload, size)
+    scoring = measure_scoring(shape, workload, size)
+    optimizer = 2 * (adapters or base)
+    on_cuda = machine.device == "cuda"
+    fixed = 0 if on_cuda else LIBRARIES + FIRST_STEP
+    stored = 2 * shape.parameters if stored_bytes is None else stored_bytes
+    copied = 0 if on_cuda or stored == base else stored  # read through a memory map, which stays until all is converted
+
+    def sum_up(phase: str, now: Buffers, resident: int) -> MemoryEstimate:
+        parts = now.gradients, optimizer, now.activations, now.logits
+        gaps = 0 if on_cuda else resident - now.gradients - now.activations - now.logits
+        return MemoryEstimate(base + adapters, *parts, fixed + gaps, phase)
+
+    phases = [
+        sum_up("training", training, training.heap + training.mapped),
+        # Held-out rows are scored by threads of their own, whose heaps cannot use what the training threads have freed.
+        sum_up("evaluation", scoring, training.heap + scoring.heap + scoring.mapped),
+        MemoryEstimate(base + copied, 0, 0, 0, 0, 0 if on_cuda else LIBRARIES, "loading"),
+    ]
+    return max(phases, key=lambda estimate: estimate.total)
+
+
+def measure_training(recipe: Recipe, shape: ModelShape, machine: Machine, workload: Workload, size: int) -> Buffers:
+    """What the micro-batches that run side by side hold when they hold most."""
+    passes, embedding = workload.training, MASTER * shape.vocabulary * shape.hidden
+    trained = MASTER * (count_adapters(recipe.lora, shape) or shape.parameters)
+    in_threads = count_training_workers(recipe, shape, machine) > 1
+    activations = [count_activations(recipe, shape, item, size, machine.device) for item in passes]
+    logits = [TRAINING_LOGITS * item.supervised * shape.vocabulary for item in passes]
+    maps_logits = in_threads and is_mapped(passes, shape)
+    maps_embedding = in_threads and recipe.lora is None and embedding > WORKER_HEAP
+    # Gradients appear layer by layer while activations go, so a pass holds the larger of the two, not both.
+    each = trained - (embedding if maps_embedding else 0)
+    held = [a + (0 if maps_logits else b) for a, b in zip(activations, logits, strict=True)]
+    gradients = sum(max(0, each - live) for live in held)
+    gradients += trained if workload.micro_batches > len(passes) else 0  # the sum over the micro-batches before
+    heap = int(HEAP_GROWTH * (sum(held) + gradients))
+    if recipe.training.gradient_checkpointing:
+        layers = (item.tokens * count_layer(recipe, shape, item, size, machine.device) for item in passes)
+        heap += int(CHECKPOINT_GAPS * shape.layers * sum(layers))
+    # The head and the input embedding each get a gradient, also where they share their weights.
+    mapped = (sum(logits) if maps_logits else 0) + (2 * embedding * len(passes) if maps_embedding else 0)
+    gradients += 2 * embedding * len(passes) if maps_embedding else 0
+    return Buffers(sum(activations), sum(logits), gradients, heap, mapped)
+
+
+def measure_scoring(shape: ModelShape, workload: Workload, size: int) -> Buffers:
+    """What the batches of held-out rows that are scored side by side hold: no layer keeps anything."""
+    passes = workload.evaluation
+    activations = sum(item.tokens * size * (4 * shape.hidden + 3 * shape.intermediate) for item in passes)
+    logits = sum(EVALUATION_LOGITS * item.supervised * shape.vocabulary for item in passes)
+    maps_logits = is_mapped(passes, shape)
+    heap = int(HEAP_GROWTH * (activations + (0 if maps_logits else logits)))
+    return Buffers(activations, logits, 0, heap, logits if maps_logits else 0)
+
+
+def is_mapped(passes: tuple[ForwardPass, ...], shape: ModelShape) -> bool:
+    """True if the logits of a pass do not fit into a worker thread's heap."""
+    return any(MASTER * item.supervised * shape.vocabulary > WORKER_HEAP for item in passes)
+
+
+def count_weight_bytes(recipe: Recipe, shape: ModelShape, size: int, machine: Machine) -> int:
+    """Bytes that the base model occupies; only the linear modules of the layers are quantised.
+
+    On a CPU quantising saves nothing at the peak: the matrices are made smaller after they were loaded, and the heap keeps the
+    room of the large ones (measured on the embedded model in nf4).
+    """
+    if recipe.model.quantization == "none" or machine.device == "cpu":
+        return size * shape.parameters
+    rest = shape.parameters - shape.linear_parameters
+    return size * rest + int(QUANTISED_BYTES[recipe.model.quantization] * shape.linear_parameters)
+
+
+def measure_stored_bytes(source: ModelSource) -> int | None:
+    """Bytes of the weight files on disk, or None before they are downloaded."""
+    return sum(path.stat().st_size for path in source.list_weight_files()) or None
+
+
+def check_memory(estimate: MemoryEstimate, machine: Machine, where: str) -> list[Problem]:
+    """Compares the predicted peak with the machine's memory.
+
+    Args:
+        where: `file:line` of the key that is easiest to change, such as training.micro_batch_size.
+
+    Returns:
+        A warning if the peak does not fit into what is free now, else nothing.
+
+    Raises:
+        MachineError: the peak is above all memory there is.
+    """
+    place = "the GPU" if machine.device == "cuda" else "this machine"
+    fix = (
+        "lower training.micro_batch_size, evaluation.batch_size or data.max_length, set training.gradient_checkpointing: "
+        "true or model.quantization: nf4, or take a smaller model"
+    )
+    needs = f"the run will need about {show_bytes(estimate.total)} ({estimate.phase})"
+    if machine.total_bytes is not None and estimate.total > machine.total_bytes:
+        message = f"{needs}, and {place} has {show_bytes(machine.total_bytes)}"
+        raise MachineError(message, where=where, fix=fix, code="memory")
+    if machine.available_bytes is not None and estimate.total > machine.available_bytes:
+        message = f"{needs}, and {show_bytes(machine.available_bytes)} are free on {place} now"
+        return [Problem("memory", message, where, f"end other programs, or {fix}", "warning")]
+    return []
+
+
+def show_bytes(count: int) -> str:
+    """A number of bytes for people: `2.4 GB`."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

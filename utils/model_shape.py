@@ -1,0 +1,258 @@
+"""How large a model is, from its config.json alone: linear modules, widths and the number of parameters.
+
+No weights and no framework: a recipe for a model of 70 billion parameters is judged in a millisecond. The table below holds
+what config.json does not say, such as which projections are fused or have a bias. An architecture that is not in the table
+has no shape, because a guess would look like knowledge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from utils.model_source import ModelSource, iterate_tensor_shapes
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight matrix that stands in every layer: name, inputs × outputs, and whether it has a bias."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases."""
+        return self.inputs * self.outputs + (self.outputs if self.bias else 0)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a `model_type` does that its config.json does not say.
+
+    Attributes:
+        attention: names of the projections: query, key, value and output, or the fused one and output.
+        mlp: names of the matrices: gate, up and down, or the fused one and down, or the two of a plain MLP.
+        gated: the MLP multiplies an activated gate with a second projection.
+        norm: `rms` has a scale, `layer` a scale and a shift.
+        norms: norms in a layer, as wide as the layer.
+        head_norms: queries and keys are normalised head by head.
+        biased: names of linear modules that always have a bias.
+        asks_bias: keys of config.json that give attention or MLP a bias.
+        tied: input embedding and output head share a matrix unless config.json says otherwise.
+        head_bias: the output head has a bias.
+        learned_positions: an embedding for each position, so that nothing lies beyond the last.
+        plain_attention: transformers has no fused attention for it, so length × length matrices are kept.
+    """
+
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    gated: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    norms: int = 2
+    head_norms: bool = False
+    biased: tuple[str, ...] = ()
+    asks_bias: tuple[str, ...] = ()
+    tied: bool = False
+    head_bias: bool = False
+    learned_positions: bool = False
+    plain_attention: bool = False
+
+
+ANATOMIES: dict[str, Anatomy] = {
+    "llama": Anatomy(asks_bias=("attention_bias", "mlp_bias")),
+    "mistral": Anatomy(),
+    "qwen2": Anatomy(biased=("q_proj", "k_proj", "v_proj")),
+    "qwen3": Anatomy(head_norms=True, asks_bias=("attention_bias",)),
+    "gemma": Anatomy(tied=True, asks_bias=("attention_bias",)),
+    "gemma2": Anatomy(tied=True, norms=4, plain_attention=True, asks_bias=("attention_bias",)),
+    "gemma3_text": Anatomy(tied=True, norms=4, head_norms=True, asks_bias=("attention_bias",)),
+    "phi3": Anatomy(("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")),
+    "phi": Anatomy(
+        ("q_proj", "k_proj", "v_proj", "dense"),
+        ("fc1", "fc2"),
+        gated=False,
+        norm="layer",
+        norms=1,
+        biased=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+        head_bias=True,
+    ),
+    "gpt2": Anatomy(
+        ("c_attn", "c_proj"),
+        ("c_fc", "c_proj"),
+        gated=False,
+        norm="layer",
+        biased=("c_attn", "c_proj", "c_fc"),
+        tied=True,
+        learned_positions=True,
+    ),
+    "gpt_neo": Anatomy(
+        ("q_proj", "k_proj", "v_proj", "out_proj"),
+        ("c_fc", "c_proj"),
+        gated=False,
+        norm="layer",
+        biased=("out_proj", "c_fc", "c_proj"),
+        tied=True,
+        learned_positions=True,
+        plain_attention=True,
+    ),
+    "gptj": Anatomy(
+        ("q_proj", "k_proj", "v_proj", "out_proj"),
+        ("fc_in", "fc_out"),
+        gated=False,
+        norm="layer",
+        norms=1,
+        biased=("fc_in", "fc_out"),
+        head_bias=True,
+        plain_attention=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that decide memory and time.
+
+    Attributes:
+        hidden: width of the residual stream.
+        layers: how many.
+        heads: attention heads.
+        query_width: heads × head size.
+        key_width: key heads × head size.
+        intermediate: width inside the MLP.
+        vocabulary: rows of the embedding.
+        linears: the linear modules of one layer, the head left out.
+        parameters: of the whole model, tied ones once.
+        attention_dropout: dropout on the attention weights while training.
+        residual_dropout: dropout behind attention and MLP while training.
+        capped_scores: the attention scores pass through a tanh.
+    """
+
+    anatomy: Anatomy
+    hidden: int
+    layers: int
+    heads: int
+    query_width: int
+    key_width: int
+    intermediate: int
+    vocabulary: int
+    linears: tuple[Linear, ...]
+    parameters: int
+    attention_dropout: bool
+    residual_dropout: bool
+    capped_scores: bool
+
+    @property
+    def has_dropout(self) -> bool:
+        """A training pass of the model itself draws random numbers."""
+        return self.residual_dropout or (self.attention_dropout and not self.anatomy.gated)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the linear modules of all layers: what a quantisation makes smaller."""
+        return self.layers * sum(linear.inputs * linear.outputs for linear in self.linears)
+
+
+def is_target(name: str, targets: Collection[str]) -> bool:
+    """True if a module of that last name is among the targets, which may be dotted."""
+    return any(target.rsplit(".", 1)[-1] == name for target in targets)
+
+
+def read_number(config: dict[str, Any], *names: str) -> int:
+    """The first of several keys that holds a whole number, else 0."""
+    return next((value for name in names if type(value := config.get(name)) is int), 0)
+
+
+def find_positions(config: dict[str, Any]) -> int | None:
+    """Longest sequence that the model was made for, in tokens."""
+    return read_number(config, "max_position_embeddings", "n_positions") or None
+
+
+def has_learned_positions(config: dict[str, Any]) -> bool:
+    """True where every position has an embedding of its own, so that a longer sequence cannot be computed."""
+    anatomy = ANATOMIES.get(str(config.get("model_type")))
+    return anatomy is not None and anatomy.learned_positions
+
+
+def read_shape(config: dict[str, Any]) -> ModelShape | None:
+    """Reads config.json; None for an architecture that the table lacks, or a config without its sizes."""
+    anatomy = ANATOMIES.get(str(config.get("model_type")))
+    hidden = read_number(config, "hidden_size", "n_embd")
+    layers = read_number(config, "num_hidden_layers", "num_layers", "n_layer")
+    heads = read_number(config, "num_attention_heads", "num_heads", "n_head")
+    vocabulary = read_number(config, "vocab_size")
+    if anatomy is None or not (hidden and layers and heads and vocabulary):
+        return None
+    head_size = read_number(config, "head_dim") or hidden // heads
+    key_width = head_size * (read_number(config, "num_key_value_heads") or heads)
+    intermediate = read_number(config, "intermediate_size", "n_inner") or 4 * hidden
+    shape = ModelShape(
+        anatomy=anatomy,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        query_width=head_size * heads,
+        key_width=key_width,
+        intermediate=intermediate,
+        vocabulary=vocabulary,
+        linears=(),
+        parameters=0,
+        attention_dropout=any(read_rate(config, name) for name in ("attn_pdrop", "attention_dropout")),
+        residual_dropout=any(read_rate(config, name) for name in ("resid_pdrop", "resid_dropout")),
+        capped_scores=bool(config.get("attn_logit_softcapping")),
+    )
+    shape = replace(shape, linears=tuple(list_linears(shape, config)))
+    return replace(shape, parameters=count_parameters(shape, config))
+
+
+def read_rate(config: dict[str, Any], name: str) -> float:
+    """A dropout rate. GPT-2's configs may leave theirs out, and transformers then drops a tenth."""
+    default = 0.1 if config.get("model_type") == "gpt2" and name in ("attn_pdrop", "resid_pdrop") else 0.0
+    value = config.get(name, default)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def list_linears(shape: ModelShape, config: dict[str, Any]) -> list[Linear]:
+    """The linear modules of one layer, in the order of a forward pass."""
+    anatomy, hidden, inner = shape.anatomy, shape.hidden, shape.intermediate
+    *inputs, output = anatomy.attention
+    widths = [shape.query_width, shape.key_width, shape.key_width]
+    widths = [sum(widths)] if len(inputs) == 1 else widths
+    sizes = [(name, hidden, width) for name, width in zip(inputs, widths, strict=True)]
+    sizes.append((output, shape.query_width, hidden))
+    *rising, falling = anatomy.mlp
+    is_fused = anatomy.gated and len(rising) == 1
+    sizes += [(name, hidden, inner * (2 if is_fused else 1)) for name in rising]
+    sizes.append((falling, inner, hidden))
+    return [Linear(*size, bias=has_bias(size[0], anatomy, config)) for size in sizes]
+
+
+def has_bias(name: str, anatomy: Anatomy, config: dict[str, Any]) -> bool:
+    """Whether a linear module has a bias, by the table or by a key of config.json."""
+    key = "attention_bias" if name in anatomy.attention else "mlp_bias"
+    return name in anatomy.biased or (key in anatomy.asks_bias and bool(config.get(key)))
+
+
+def count_parameters(shape: ModelShape, config: dict[str, Any]) -> int:
+    """All parameters, tied matrices once."""
+    anatomy = shape.anatomy
+    per_value = 1 if anatomy.norm == "rms" else 2
+    head_size = shape.query_width // shape.heads
+    layer = sum(linear.parameters for linear in shape.linears) + anatomy.norms * per_value * shape.hidden
+    layer += 2 * per_value * head_size if anatomy.head_norms or config.get("qk_layernorm") else 0
+    embedding = shape.vocabulary * shape.hidden
+    tied = config.get("tie_word_embeddings", anatomy.tied)
+    head = (0 if tied else embedding) + (shape.vocabulary if anatomy.head_bias else 0)
+    positions = (find_positions(config) or 0) * shape.hidden if anatomy.learned_positions else 0
+    return shape.layers * layer + embedding + head + positions + per_value * shape.hidden
+
+
+def measure_shape(source: ModelSource) -> ModelShape | None:
+    """The shape of a model; where its weight files are on this disk, their headers decide the number of parameters."""
+    shape = read_shape(source.config)
+    stored = sum(math.prod(sizes) for _, sizes in iterate_tensor_shapes(source))
+    return replace(shape, parameters=stored) if shape and stored else shape

@@ -1,0 +1,267 @@
+"""The first pass over the rows of a run: every row checked, copies and leaks found, in a fixed memory per row.
+
+Of each row only fingerprints and its line stay in memory: 12 bytes, 20 where `data.eval` names rows of its own.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from config.structured_config import DataSection
+from utils.data_formats import Example, read_example
+from utils.data_loading import SHOWN_PROBLEMS
+from utils.data_sources import RowSource, find_sources, iterate_rows
+from utils.exceptions import DataError, Problem
+from utils.fingerprints import fingerprint_example
+from utils.row_groups import RowGroups, choose_held_out, find_groups, find_shared
+
+FEW_ROWS = 10
+FEW_SHARED_PROMPTS = 5
+SHARED_PROMPTS = 0.1  # share of the held-out rows above which shared prompts are worth a warning
+SHOWN_PAIRS = 3
+
+
+class ProblemLog:
+    """Counts all problems and keeps the first ones."""
+
+    def __init__(self) -> None:
+        self.first: list[Problem] = []
+        self.count = 0
+
+    def add(self, problem: Problem) -> None:
+        """Counts one more."""
+        self.count += 1
+        if len(self.first) < SHOWN_PROBLEMS:
+            self.first.append(problem)
+
+    def raise_if_any(self) -> None:
+        """Raises one DataError that shows the first problems and counts the rest."""
+        if not self.count:
+            return
+        shown = list(self.first)
+        if self.count > len(shown):
+            shown.append(Problem("more", f"… and {self.count - len(shown)} more rows with problems"))
+        raise DataError.from_problems(shown)
+
+
+@dataclass(frozen=True)
+class RowScan:
+    """What the first pass found.
+
+    Attributes:
+        train_rows: rows of `data.train`, held-out ones included.
+        evaluation_rows: rows of `data.eval`, or held-out rows of `data.train`.
+        formats: rows of `data.train` by format, held-out ones included.
+        held_out: indices into the rows of `data.train` in reading order; empty when `data.eval` is given.
+        warnings: what is allowed but rarely meant.
+        source_rows: rows of each source of `data.train`, in order.
+        duplicates: rows of `data.train` that repeat an earlier one.
+        features: `tools` and `thinking`, where some row of `data.train` has them.
+    """
+
+    train_rows: int
+    evaluation_rows: int
+    formats: dict[str, int]
+    held_out: frozenset[int]
+    warnings: tuple[Problem, ...]
+    source_rows: tuple[int, ...] = ()
+    duplicates: int = 0
+    features: frozenset[str] = frozenset()
+
+
+@dataclass
+class ScannedSet:
+    """One of the two sets, as fingerprints in reading order.
+
+    Attributes:
+        fingerprints: 8 bytes a row, of the whole conversation.
+        prompts: 8 bytes a row, of the conversation without its answer; empty unless asked for.
+        lines: 4 bytes a row.
+        starts: index of each source's first row.
+    """
+
+    sources: Sequence[RowSource]
+    fingerprints: bytearray = field(default_factory=bytearray)
+    prompts: bytearray = field(default_factory=bytearray)
+    lines: array[int] = field(default_factory=lambda: array("I"))
+    starts: list[int] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
+    features: set[str] = field(default_factory=set)
+
+    def find_place(self, index: int) -> str:
+        """`file:line` of a row."""
+        number = max(number for number, start in enumerate(self.starts) if start <= index)
+        return f"{self.sources[number].name}:{self.lines[index]}"
+
+
+def scan_rows(data: DataSection, seed: int, find_origin: Callable[[str], str]) -> RowScan:
+    """Reads all rows of both sets once and checks each by itself and against the others.
+
+    Args:
+        seed: of the held-out split.
+        find_origin: key → its place in the recipe, for messages.
+
+    Raises:
+        DataError: everything that is wrong with both sets: all problems counted, the first ones shown.
+    """
+    log = ProblemLog()
+    train_sources, evaluation_sources = find_both_sources(data, find_origin)
+    train = scan_set(train_sources, data, log, with_prompts=data.eval is not None)
+    evaluation = scan_set(evaluation_sources, data, log, with_prompts=True)
+    log.raise_if_any()
+    groups = find_groups(train.fingerprints)
+    warnings = list(warn_duplicates(train, groups, find_origin("data.train")))
+    held_out: frozenset[int] = frozenset()
+    rows = len(train.lines)
+    if data.eval is None:
+        held_out = choose_held_out(groups, data.eval_fraction, seed)
+    else:
+        check_leakage(train, evaluation, find_origin("data.eval"))
+        warnings += warn_shared_prompts(train, evaluation, find_origin("data.eval"))
+    if rows - len(held_out) < FEW_ROWS:
+        text = f"only {rows - len(held_out)} training rows"
+        fix = "expect the model to repeat them; add rows if there are more"
+        warnings.append(Problem("few-rows", text, find_origin("data.train"), fix, "warning"))
+    return RowScan(
+        rows,
+        len(evaluation.lines) or len(held_out),
+        dict(train.formats),
+        held_out,
+        tuple(warnings),
+        tuple(end - start for start, end in zip(train.starts, [*train.starts[1:], rows], strict=True)),
+        groups.copies,
+        frozenset(train.features),
+    )
+
+
+def find_both_sources(data: DataSection, find_origin: Callable[[str], str]) -> tuple[list[RowSource], list[RowSource]]:
+    """The sources of both sets; what is wrong with either is raised together."""
+    found: dict[str, list[RowSource]] = {"data.train": [], "data.eval": []}
+    problems: list[Problem] = []
+    for key, asked in (("data.train", data.train), ("data.eval", data.eval)):
+        try:
+            found[key] = find_sources(asked, find_origin(key)) if asked is not None else []
+        except DataError as error:
+            problems += error.problems
+    train, evaluation = found.values()
+    for source in evaluation:
+        if source.weight != 1:
+            fix = "remove the weight: held-out rows count once each"
+            problems.append(Problem("eval-weight", f"{source.name} has a weight", find_origin("data.eval"), fix))
+    problems += find_same_sources(train, evaluation, find_origin("data.eval"))
+    if problems:
+        raise DataError.from_problems(problems)
+    return train, evaluation
+
+
+def find_same_sources(train: Sequence[RowSource], evaluation: Sequence[RowSource], where: str) -> Iterator[Problem]:
+    """Yields files that both sets name."""
+
+    def identify(source: RowSource) -> Any:
+        hub = source.hub
+        return source.path.resolve() if source.path else hub and (hub.source, hub.subset, hub.split, hub.revision)
+
+    known = {identify(source): source.name for source in train}
+    for source in evaluation:
+        if identify(source) in known:
+            text = f"{source.name} is in both data.train and data.eval, so the test would be on known answers"
+            fix = "name another file, or remove data.eval to hold out data.eval_fraction of the rows"
+            yield Problem("leakage", text, where, fix)
+
+
+def scan_set(sources: Sequence[RowSource], data: DataSection, log: ProblemLog, *, with_prompts: bool) -> ScannedSet:
+    """Reads and checks the rows of a set; keeps what later checks need."""
+    scanned = ScannedSet(sources)
+    columns, format_name = data.columns, data.format
+    for source in sources:
+        scanned.starts.append(len(scanned.lines))
+        try:
+            for row in iterate_rows(source, columns):
+                if isinstance(row, Problem):
+                    log.add(row)
+                    continue
+                try:
+                    add_example(scanned, read_example(row, format_name), with_prompts)
+                except DataError as error:
+                    log.add(error.problems[0])
+        except DataError as error:
+            for problem in error.problems:
+                log.add(problem)
+    return scanned
+
+
+def add_example(scanned: ScannedSet, example: Example, with_prompts: bool) -> None:
+    """Keeps the fingerprint and line of one row, and counts its format."""
+    prompt, whole = fingerprint_example(example, with_prompt=with_prompts)
+    scanned.fingerprints += whole
+    scanned.prompts += prompt
+    scanned.lines.append(int(example.where.rpartition(":")[2]))
+    scanned.formats[example.format] += 1
+    if example.tools:
+        scanned.features.add("tools")
+    for message in example.messages:
+        if "</think>" in message["content"] or "reasoning_content" in message:
+            scanned.features.add("thinking")
+
+
+def warn_duplicates(train: ScannedSet, groups: RowGroups, where: str) -> Iterator[Problem]:
+    """Yields a warning about rows that repeat earlier ones."""
+    if not groups.copies:
+        return
+    pairs = "; ".join(
+        f"{train.find_place(copy)} repeats {train.find_place(first)}" for copy, first in groups.list_pairs(SHOWN_PAIRS)
+    )
+    text = f"{groups.copies} of {groups.rows} rows ({groups.copies / groups.rows:.1%}) repeat earlier ones: {pairs}"
+    names = " ".join(dict.fromkeys(source.name for source in train.sources[:3]))
+    fix = f"python scripts/prepare_data.py --in {names} --deduplicate --out unique.jsonl"
+    yield Problem("duplicate-rows", text, where, fix, "warning")
+
+
+def check_leakage(train: ScannedSet, evaluation: ScannedSet, where: str) -> None:
+    """Refuses held-out rows that the model is trained on.
+
+    Raises:
+        DataError: with their number and the first ones' places in both sets.
+    """
+    shared = find_shared(evaluation.fingerprints, train.fingerprints)
+    if not shared.count:
+        return
+    pairs = "; ".join(
+        f"{evaluation.find_place(index)} is {train.find_place(first)}"
+        for index, first in shared.list_pairs(SHOWN_PAIRS)
+    )
+    names = " ".join(dict.fromkeys(source.name for source in train.sources[:3]))
+    others = " ".join(dict.fromkeys(source.name for source in evaluation.sources[:3]))
+    text = f"{shared.count} of {len(evaluation.lines)} rows of data.eval also stand in data.train: {pairs}"
+    fix = f"python scripts/prepare_data.py --in {names} --against {others} --out unseen.jsonl"
+    raise DataError(text, where=where, fix=fix, code="leakage")
+
+
+def warn_shared_prompts(train: ScannedSet, evaluation: ScannedSet, where: str) -> Iterator[Problem]:
+    """Yields a warning when many held-out prompts are trained on with another answer."""
+    shared = find_shared(evaluation.prompts, train.prompts)
+    rows = len(evaluation.lines)
+    if shared.count < FEW_SHARED_PROMPTS or shared.count <= rows * SHARED_PROMPTS:
+        return
+    index, first = next(iter(shared.list_pairs(1)))
+    places = f"{evaluation.find_place(index)} asks what {train.find_place(first)} asks"
+    text = f"{shared.count} of {rows} prompts of data.eval also stand in data.train, with other answers: {places}"
+    fix = "hold out rows by prompt, if the model should be tested on new ones"
+    yield Problem("prompt-leakage", text, where, fix, "warning")
+
+
+def iterate_examples(sources: Sequence[RowSource], data: DataSection) -> Iterator[Example]:
+    """Yields the examples of sources in reading order: the second pass, for encoding.
+
+    Raises:
+        DataError: a row is bad, as after an edit between the two passes.
+    """
+    for source in sources:
+        for row in iterate_rows(source, data.columns):
+            if isinstance(row, Problem):
+                raise DataError.from_problems([row])
+            yield read_example(row, data.format)

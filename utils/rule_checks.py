@@ -1,0 +1,188 @@
+"""What the rules look at, and one function for each thing that can be wrong: it returns it in words, or None.
+
+What is not known yet is None in `Facts`, and a check that needs it says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from config.model_families import ModelFamily
+from config.structured_config import Recipe
+
+TOO_FAR = 5.0  # a learning rate this many times above or below the table is rarely meant
+FEW_STEPS, FEW_HELD_OUT = 20, 5
+LONG_STEP_S = 120.0
+CORE_FLOPS = 3.0e10  # operations in a second; the demo reaches 3.6e10 on each of two cores
+# Most parameters, learning rate with LoRA, learning rate with all weights (docs/design.md, section 7).
+LEARNING_RATES = ((1.25e9, 4e-4, 3e-5), (5e9, 3e-4, 2e-5), (15e9, 2e-4, 1e-5), (float("inf"), 1.3e-4, 5e-6))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that the rules may look at; None and empty mean «not known yet».
+
+    Attributes:
+        recipe: the valid recipe.
+        family: the model's row in the family table.
+        modules: names of the linear modules that an adapter can attach to.
+        has_chat_template: whether the tokenizer brings a chat template.
+        parameters: of the model.
+        positions: longest sequence that the model was made for, in tokens.
+        learned_positions: nothing lies beyond the last position.
+        formats: training rows by format.
+        held_out_rows: rows that are never trained on.
+        longest_prompt: tokens of the longest held-out prompt.
+        steps: optimizer steps of the run.
+        tokens_per_step: training tokens of an optimizer step on average.
+        device: `cuda`, `mps` or `cpu`.
+        cores: CPU cores that the run may use.
+    """
+
+    recipe: Recipe
+    family: ModelFamily | None = None
+    modules: tuple[str, ...] = ()
+    has_chat_template: bool | None = None
+    parameters: int | None = None
+    positions: int | None = None
+    learned_positions: bool = False
+    formats: Mapping[str, int] = field(default_factory=dict)
+    held_out_rows: int | None = None
+    longest_prompt: int | None = None
+    steps: int | None = None
+    tokens_per_step: float | None = None
+    device: str | None = None
+    cores: int = 1
+
+
+def find_no_chat_template(facts: Facts) -> str | None:
+    """Strategy chat on a model that cannot chat."""
+    data = facts.recipe.data
+    knows_none = facts.family is not None and not facts.family.has_chat_template
+    has_template = facts.has_chat_template if facts.has_chat_template is not None else not knows_none
+    if data.strategy != "chat" or data.template != "auto" or has_template:
+        return None
+    return f"{facts.family.name if facts.family else facts.recipe.model.name} has no chat template"
+
+
+def list_missing_targets(facts: Facts) -> list[str]:
+    """LoRA targets that no module of the model is called."""
+    lora = facts.recipe.lora
+    modules = facts.modules or (facts.family.lora_targets if facts.family else ())
+    if lora is None or isinstance(lora.target_modules, str) or not modules:
+        return []
+    return [target for target in lora.target_modules if target.rsplit(".", 1)[-1] not in modules]
+
+
+def find_lora_target(facts: Facts) -> str | None:
+    """A LoRA target that does not exist."""
+    missing = list_missing_targets(facts)
+    names = ", ".join(repr(name) for name in missing)
+    return f"no module of {facts.recipe.model.name} is called {names}" if missing else None
+
+
+def list_modules(facts: Facts) -> str:
+    """The right targets."""
+    modules = facts.modules or (facts.family.lora_targets if facts.family else ())
+    return f"modules here: {', '.join(modules)}; or target_modules: all-linear"
+
+
+def find_preference_rows(facts: Facts) -> str | None:
+    """Pairs of answers under a method that learns one."""
+    count = facts.formats.get("preference", 0)
+    if not count and facts.recipe.data.format != "preference":
+        return None
+    rows = f"{count} rows hold" if count else "format preference means rows with"
+    return f"{rows} a chosen and a rejected answer, and method sft learns one answer"
+
+
+def find_raw_text(facts: Facts) -> str | None:
+    """Raw text under strategy chat."""
+    count = facts.formats.get("text", 0)
+    if facts.recipe.data.strategy != "chat" or not count:
+        return None
+    return f"{count} rows are raw text and no conversations, and strategy is chat"
+
+
+def find_beyond_positions(facts: Facts) -> str | None:
+    """max_length beyond what the model was made for."""
+    length, positions = facts.recipe.data.max_length, facts.positions
+    if positions is None or length <= positions:
+        return None
+    return f"max_length {length} lies beyond the model's {positions} positions"
+
+
+def find_answer_beyond_positions(facts: Facts) -> str | None:
+    """Prompt and answer together beyond what the model was made for."""
+    new, prompt = facts.recipe.generation.max_new_tokens, facts.longest_prompt
+    if facts.positions is None or prompt is None or prompt + new <= facts.positions:
+        return None
+    return f"the longest prompt ({prompt} tokens) and max_new_tokens {new} lie beyond the model's {facts.positions} positions"
+
+
+def find_far_learning_rate(facts: Facts) -> str | None:
+    """A learning rate far from the table."""
+    if facts.parameters is None:
+        return None
+    usual, rate = find_usual_rate(facts), facts.recipe.training.learning_rate
+    ratio = rate / usual
+    if 1 / TOO_FAR * 0.999 <= ratio <= TOO_FAR * 1.001:
+        return None
+    method = "all weights" if facts.recipe.lora is None else "LoRA"
+    size = show_count(facts.parameters)
+    far = f"{ratio:.0f} times above" if ratio > 1 else f"{1 / ratio:.0f} times below"
+    return f"learning_rate {rate:g} is {far} the usual {usual:g} for {method} on {size} parameters"
+
+
+def find_usual_rate(facts: Facts) -> float:
+    """The table's learning rate."""
+    _, lora, full = next(row for row in LEARNING_RATES if (facts.parameters or 0) <= row[0])
+    return full if facts.recipe.lora is None else lora
+
+
+def show_count(parameters: int) -> str:
+    """`135M`, `1.2B`."""
+    return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
+
+
+def find_far_alpha(facts: Facts) -> str | None:
+    """alpha outside r to 4 r."""
+    lora = facts.recipe.lora
+    if lora is None or lora.r <= lora.alpha <= 4 * lora.r:
+        return None
+    return f"alpha {lora.alpha:g} is {lora.alpha / lora.r:g} times r; 1 to 4 times is usual"
+
+
+def find_long_step(facts: Facts) -> str | None:
+    """A batch whose optimizer step takes minutes on a CPU."""
+    tokens = facts.tokens_per_step
+    if facts.device != "cpu" or facts.parameters is None or tokens is None:
+        return None
+    # Two operations for a parameter and token forwards and four backwards, two of which LoRA spares (arXiv 2001.08361).
+    seconds = (6 if facts.recipe.lora is None else 4) * facts.parameters * tokens / (CORE_FLOPS * facts.cores)
+    if seconds < LONG_STEP_S:
+        return None
+    return f"a step of {tokens:.0f} tokens may take {seconds / 60:.0f} minutes on this CPU"
+
+
+def find_few_steps(facts: Facts) -> str | None:
+    """A run that ends before it has learned."""
+    if facts.steps is None or facts.steps >= FEW_STEPS:
+        return None
+    return f"only {facts.steps} optimizer steps"
+
+
+def find_few_held_out(facts: Facts) -> str | None:
+    """Too few held-out rows for a verdict."""
+    count = facts.held_out_rows
+    return f"only {count} held-out rows" if count is not None and 0 < count < FEW_HELD_OUT else None
+
+
+def find_no_held_out(facts: Facts) -> str | None:
+    """Nothing to measure on."""
+    data = facts.recipe.data
+    by_recipe = data.eval is None and data.eval_fraction == 0
+    if facts.held_out_rows == 0 or (facts.held_out_rows is None and by_recipe):
+        return "no held-out rows, so nothing will show whether it got better"
+    return None

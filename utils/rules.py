@@ -1,0 +1,199 @@
+"""The rules of the field in one table: what a recipe may not do, and what it may but rarely should.
+
+A rule is data and a small function that looks at `Facts`. What is not known yet is None, and a rule that needs it stays
+silent: the same table serves the recipe alone (at once), and the recipe with model and rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from config.structured_config import Recipe
+from utils.exceptions import Problem
+from utils.rule_checks import (
+    Facts,
+    find_answer_beyond_positions,
+    find_beyond_positions,
+    find_far_alpha,
+    find_far_learning_rate,
+    find_few_held_out,
+    find_few_steps,
+    find_long_step,
+    find_lora_target,
+    find_no_chat_template,
+    find_no_held_out,
+    find_preference_rows,
+    find_raw_text,
+    find_usual_rate,
+    list_modules,
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule.
+
+    Attributes:
+        severity: an error stops the run.
+        code: stable name for scripts and tests.
+        key: dotted key that the user would change.
+        find: returns what is wrong in words, or None.
+        fix: what to do about it, in words or made from the facts.
+    """
+
+    severity: Literal["error", "warning"]
+    code: str
+    key: str
+    find: Callable[[Facts], str | None]
+    fix: str | Callable[[Facts], str]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Values of a key that are usual; `read` gives None where the key plays no part."""
+
+    key: str
+    low: float
+    high: float
+    read: Callable[[Recipe], float | None]
+    fix: str
+
+
+RANGES = (
+    Range(
+        "training.epochs",
+        1,
+        10,
+        lambda recipe: recipe.training.epochs if recipe.training.max_steps is None else None,
+        "1 to 3 epochs are usual; beyond 10 a model repeats its rows",
+    ),
+    Range(
+        "training.batch_size",
+        4,
+        128,
+        lambda recipe: recipe.training.batch_size,
+        "8 to 16 is usual; it counts all examples of an optimizer step",
+    ),
+    Range("training.warmup_ratio", 0, 0.2, lambda recipe: recipe.training.warmup_ratio, "0.03 is usual"),
+    Range("training.weight_decay", 0, 0.1, lambda recipe: recipe.training.weight_decay, "0 to 0.01 is usual"),
+    Range(
+        "training.neftune_alpha",
+        5,
+        15,
+        lambda recipe: recipe.training.neftune_alpha,
+        "set it from 5 to 15, or remove it",
+    ),
+    Range("lora.r", 8, 64, lambda recipe: recipe.lora.r if recipe.lora else None, "16 is usual"),
+    Range("lora.dropout", 0, 0.2, lambda recipe: recipe.lora.dropout if recipe.lora else None, "0 to 0.1 is usual"),
+)
+
+
+def make_range_rule(usual: Range) -> Rule:
+    """A warning outside a range."""
+
+    def find(facts: Facts) -> str | None:
+        value = usual.read(facts.recipe)
+        if value is None or usual.low <= value <= usual.high:
+            return None
+        name = usual.key.rpartition(".")[2]
+        return f"{name} {value:g} is outside the usual {usual.low:g} to {usual.high:g}"
+
+    return Rule("warning", "unusual-value", usual.key, find, usual.fix)
+
+
+RULES = (
+    Rule(
+        "error",
+        "no-chat-template",
+        "data.strategy",
+        find_no_chat_template,
+        "set data.strategy: standard, name a template in data.template, or choose an instruction-tuned model",
+    ),
+    Rule("error", "lora-target", "lora.target_modules", find_lora_target, list_modules),
+    Rule(
+        "error",
+        "preference-rows",
+        "data.train",
+        find_preference_rows,
+        "keep the chosen answers alone: write them as messages, or as prompt and completion",
+    ),
+    Rule(
+        "error",
+        "raw-text",
+        "data.strategy",
+        find_raw_text,
+        "set data.strategy: standard, or write the rows as messages with a user and an assistant turn",
+    ),
+    Rule(
+        "error",
+        "beyond-positions",
+        "data.max_length",
+        lambda facts: find_beyond_positions(facts) if facts.learned_positions else None,
+        lambda facts: f"set data.max_length to {facts.positions} or less: this model has no further position",
+    ),
+    Rule(
+        "error",
+        "answer-beyond-positions",
+        "generation.max_new_tokens",
+        lambda facts: find_answer_beyond_positions(facts) if facts.learned_positions else None,
+        "lower generation.max_new_tokens, or shorten the prompts",
+    ),
+    Rule(
+        "warning",
+        "beyond-positions",
+        "data.max_length",
+        lambda facts: None if facts.learned_positions else find_beyond_positions(facts),
+        lambda facts: f"set data.max_length to {facts.positions} or less: the model has never seen later positions",
+    ),
+    Rule(
+        "warning",
+        "answer-beyond-positions",
+        "generation.max_new_tokens",
+        lambda facts: None if facts.learned_positions else find_answer_beyond_positions(facts),
+        "lower generation.max_new_tokens, or shorten the prompts",
+    ),
+    Rule(
+        "warning",
+        "far-learning-rate",
+        "training.learning_rate",
+        find_far_learning_rate,
+        lambda facts: f"start from {find_usual_rate(facts):g}, and try a third and three times of it",
+    ),
+    Rule("warning", "far-alpha", "lora.alpha", find_far_alpha, "set lora.alpha to about twice lora.r"),
+    Rule(
+        "warning",
+        "long-step",
+        "training.batch_size",
+        find_long_step,
+        "lower training.batch_size, take a smaller model, or use a GPU",
+    ),
+    Rule(
+        "warning",
+        "few-steps",
+        "training.epochs",
+        find_few_steps,
+        "lower training.batch_size, or raise training.epochs: 100 steps and more are usual",
+    ),
+    Rule("warning", "few-held-out", "data.eval_fraction", find_few_held_out, "hold out at least 5 rows"),
+    Rule("warning", "no-eval", "data.eval_fraction", find_no_held_out, "set data.eval or data.eval_fraction"),
+)
+
+
+def find_problems(facts: Facts, find_origin: Callable[[str], str]) -> list[Problem]:
+    """Applies every rule and range to what is known.
+
+    Args:
+        find_origin: dotted key → `file:line`.
+
+    Returns:
+        Errors first, then warnings, each group in the order of the table.
+    """
+    found = []
+    for rule in (*RULES, *(make_range_rule(each) for each in RANGES)):
+        message = rule.find(facts)
+        if message is not None:
+            fix = rule.fix if isinstance(rule.fix, str) else rule.fix(facts)
+            found.append(Problem(rule.code, message, find_origin(rule.key), fix, rule.severity))
+    return sorted(found, key=lambda problem: problem.severity == "warning")

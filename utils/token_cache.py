@@ -1,0 +1,243 @@
+"""Tokenised examples on disk: Arrow files mapped into memory, in folders named by everything that they depend on.
+
+The files are in the format of the `datasets` library (`Dataset.from_file` reads them). A folder appears in one step, so two
+processes may build the same one at once: the second finds it there and throws its own away.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from utils.exceptions import MachineError
+from utils.logging import get_logger
+from utils.model_source import get_cache_folder
+from utils.piece_encoder import EncodedExample
+
+FACTS = "facts.json"
+ROWS_PER_BATCH = 1000
+UNUSED_DAYS = 30
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """One record batch as numpy views of the mapped file.
+
+    Attributes:
+        input_ids: int32 ids of all examples behind each other, shape (tokens,).
+        loss_mask: uint8 0/1, shape (tokens,).
+        offsets: int64 where each example starts, shape (examples + 1,).
+        columns: the small columns as lists: `where`, `is_text`, `source`, `supervised`.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.uint8]
+    offsets: npt.NDArray[np.int64]
+    columns: Any
+
+
+class EncodedSet(Sequence[EncodedExample]):
+    """Encoded examples that stay on disk until they are asked for.
+
+    Attributes:
+        order: int64 index into the file for each position; examples of a mixture may stand in it twice, or not at all.
+    """
+
+    def __init__(self, tables: Sequence[TokenTable], order: npt.NDArray[np.int64] | None = None) -> None:
+        self.tables = tables
+        self.starts = np.cumsum([0, *(len(table.offsets) - 1 for table in tables)]).tolist()
+        self.order = np.arange(self.starts[-1]) if order is None else order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> EncodedSet: ...
+    def __getitem__(self, index: int | slice) -> EncodedExample | EncodedSet:
+        if isinstance(index, slice):
+            return EncodedSet(self.tables, self.order[index])
+        position = int(self.order[index])
+        number = bisect.bisect_right(self.starts, position) - 1
+        table, row = self.tables[number], position - self.starts[number]
+        start, end = table.offsets[row], table.offsets[row + 1]
+        return EncodedExample(
+            table.input_ids[start:end].astype(np.int64),
+            table.loss_mask[start:end].astype(np.bool_),
+            table.columns["where"][row].as_py(),
+            is_text=table.columns["is_text"][row].as_py(),
+        )
+
+    def __iter__(self) -> Iterator[EncodedExample]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example, shape (examples,)."""
+        return self._collect(lambda table: np.diff(table.offsets))
+
+    @property
+    def supervised(self) -> npt.NDArray[np.int64]:
+        """Learned tokens of each example, shape (examples,)."""
+        return self._collect(lambda table: table.columns["supervised"].to_numpy())
+
+    @property
+    def sources(self) -> npt.NDArray[np.int64]:
+        """Number of the source that each example came from, shape (examples,)."""
+        return self._collect(lambda table: table.columns["source"].to_numpy())
+
+    def _collect(self, read: Callable[[TokenTable], Any]) -> npt.NDArray[np.int64]:
+        """Joins a column of all tables and puts it into order."""
+        parts = [np.asarray(read(table), dtype=np.int64) for table in self.tables]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *parts])[self.order]
+
+
+class TokenWriter:
+    """Writes encoded examples into one Arrow stream, a record batch at a time.
+
+    Use it as a context manager.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        self.schema = pa.schema(
+            {
+                "input_ids": pa.list_(pa.int32()),
+                "loss_mask": pa.list_(pa.uint8()),
+                "where": pa.string(),
+                "is_text": pa.bool_(),
+                "source": pa.int32(),
+                "supervised": pa.int32(),
+            }
+        )
+        self.file = pa.OSFile(str(path), "wb")
+        self.stream = pa.ipc.new_stream(self.file, self.schema)
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stream.close()
+        self.file.close()
+
+    def write(self, examples: Sequence[EncodedExample], source: int) -> None:
+        """Adds examples that came from the numbered source."""
+        import pyarrow as pa
+
+        if not examples:
+            return
+        columns = [
+            pa.array([example.input_ids.astype(np.int32) for example in examples], self.schema.field(0).type),
+            pa.array([example.loss_mask.astype(np.uint8) for example in examples], self.schema.field(1).type),
+            pa.array([example.where for example in examples]),
+            pa.array([example.is_text for example in examples]),
+            pa.array([source] * len(examples), pa.int32()),
+            pa.array([example.supervised_tokens for example in examples], pa.int32()),
+        ]
+        self.stream.write_batch(pa.record_batch(columns, schema=self.schema))
+
+
+def read_tokens(path: Path) -> EncodedSet:
+    """Maps an Arrow stream that TokenWriter wrote into memory; nothing is copied."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+        return EncodedSet([view_batch(batch) for batch in reader])
+
+
+def view_batch(batch: Any) -> TokenTable:
+    """numpy views of one record batch."""
+    ids, mask = batch.column("input_ids"), batch.column("loss_mask")
+    columns = {name: batch.column(name) for name in ("where", "is_text", "source", "supervised")}
+    offsets = np.asarray(ids.offsets, dtype=np.int64)
+    return TokenTable(ids.values.to_numpy(), mask.values.to_numpy(), offsets, columns)
+
+
+def find_cache_entry(key: str) -> Path:
+    """Folder of the examples with this key, whether it exists or not."""
+    return get_cache_folder() / "tokens" / key
+
+
+def open_or_build(
+    key: str, names: Sequence[str], build: Callable[[Path], dict[str, Any]]
+) -> tuple[Path, dict[str, Any]]:
+    """Finds the folder of a key, or builds it.
+
+    Args:
+        key: names everything that the content depends on.
+        names: Arrow files that the folder must hold.
+        build: writes them into an empty folder and returns facts about them; what it raises leaves nothing behind.
+
+    Returns:
+        The folder and its facts.
+    """
+    target = find_cache_entry(key)
+    if (facts := read_facts(target, names)) is not None:
+        os.utime(target)
+        return target, facts
+    remove_unused(target.parent)
+    temporary = target.with_name(f".{key}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        facts = build(temporary)
+        facts["bytes"] = {name: (temporary / name).stat().st_size for name in names}
+        (temporary / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        publish(temporary, target, names)
+    except OSError as error:
+        fix = "free some space, or set TUNEBOOK_CACHE to a folder elsewhere"
+        message = f"the token cache cannot be written: {error.strerror or error}"
+        raise MachineError(message, where=str(target.parent), fix=fix, code="disk") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target, facts
+
+
+def publish(temporary: Path, target: Path, names: Sequence[str]) -> None:
+    """Gives a finished folder its name; a whole one that another process put there meanwhile stays."""
+    for _ in range(2):
+        try:
+            temporary.rename(target)
+            return
+        except OSError:
+            if not target.is_dir():
+                raise
+        if read_facts(target, names) is not None:
+            return
+        shutil.rmtree(target, ignore_errors=True)  # damaged: a file is missing or has another size
+    temporary.rename(target)
+
+
+def read_facts(folder: Path, names: Sequence[str]) -> dict[str, Any] | None:
+    """Facts of a whole entry; None where there is none, or one whose files are not what was written."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        sizes = facts["bytes"]
+        whole = all((folder / name).stat().st_size == sizes[name] for name in names)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        get_logger().warning("%s is damaged and will be built anew", folder)
+        return None
+    return facts
+
+
+def remove_unused(folder: Path) -> None:
+    """Deletes entries that no run has opened for a month, and what killed processes left."""
+    oldest = time.time() - UNUSED_DAYS * 86_400
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.stat().st_mtime < oldest:
+            shutil.rmtree(entry, ignore_errors=True)

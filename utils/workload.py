@@ -1,0 +1,151 @@
+"""The largest forward passes of a run, from the lengths of its examples: what memory has to hold at once.
+
+The windows are those of training itself (`iterate_windows`, `make_micro_batches`), so the worst step is found and not assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from config.structured_config import Recipe
+from utils.batching import iterate_windows
+from utils.machine import Machine
+from utils.model_shape import ModelShape
+
+Lengths = npt.NDArray[np.int64]
+# A run of a million rows has tens of thousands of windows; their worst one is hardly longer than that of the first thousands.
+MAX_WINDOWS = 5000
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """One micro-batch.
+
+    Attributes:
+        rows: examples in it.
+        length: tokens of the longest; the others are padded to it.
+        supervised: tokens whose logits are computed.
+        masked: an attention mask is passed, because rows are padded or packed.
+    """
+
+    rows: int
+    length: int
+    supervised: int
+    masked: bool
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are computed, padding included."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What runs side by side when a run needs most memory.
+
+    Attributes:
+        training: micro-batches of the worst step that are computed at the same time.
+        micro_batches: of a whole step.
+        evaluation: batches of held-out rows that are scored at the same time; none without held-out rows.
+    """
+
+    training: tuple[ForwardPass, ...]
+    micro_batches: int
+    evaluation: tuple[ForwardPass, ...]
+
+
+def choose_micro_batch_size(batch_size: int, longest: int, workers: int, token_budget: int) -> int:
+    """What `micro_batch_size: auto` becomes: every worker gets a share of the step, within a token budget for a forward pass.
+
+    Args:
+        longest: tokens of the longest training example.
+    """
+    return max(1, min(-(-batch_size // workers), token_budget // longest))
+
+
+def count_training_workers(recipe: Recipe, shape: ModelShape, machine: Machine) -> int:
+    """Micro-batches side by side in training: one where random numbers are drawn, as the torch back end has it."""
+    draws = recipe.training.neftune_alpha is not None or shape.has_dropout or (recipe.lora and recipe.lora.dropout > 0)
+    return 1 if draws else machine.workers
+
+
+def assume_workload(recipe: Recipe, shape: ModelShape, machine: Machine) -> Workload:
+    """The most that a recipe allows, before its rows are known: every example as long as `max_length`, all of it learned."""
+    count = max(recipe.training.batch_size, recipe.evaluation.batch_size * machine.workers)
+    lengths = np.full(count, recipe.data.max_length, dtype=np.int64)
+    nothing = np.zeros(0, dtype=np.int64)
+    holds_out = recipe.data.eval is not None or recipe.data.eval_fraction > 0
+    held_out = (lengths, lengths - 1) if holds_out else (nothing, nothing)
+    return plan_workload(recipe, shape, machine, (lengths, lengths - 1), held_out)
+
+
+def plan_workload(
+    recipe: Recipe,
+    shape: ModelShape,
+    machine: Machine,
+    train: tuple[Lengths, Lengths],
+    held_out: tuple[Lengths, Lengths],
+) -> Workload:
+    """Finds the worst step of a run and its worst evaluation batches.
+
+    Args:
+        train: tokens and learned tokens of every training example, each of shape (examples,).
+        held_out: the same of the held-out examples, possibly empty.
+    """
+    lengths, supervised = train
+    training = recipe.training
+    workers = count_training_workers(recipe, shape, machine)
+    size = training.micro_batch_size
+    if not isinstance(size, int):
+        size = choose_micro_batch_size(training.batch_size, int(lengths.max()), machine.workers, machine.token_budget)
+    worst: tuple[float, Workload | None] = (-1.0, None)
+    epochs = 1 if training.max_steps else max(1, round(training.epochs))
+    windows = (
+        w for epoch in range(epochs) for w in iterate_windows(len(lengths), training.batch_size, recipe.seed, epoch)
+    )
+    for window in islice(windows, min(training.max_steps or MAX_WINDOWS, MAX_WINDOWS)):
+        if training.packing:
+            passes = pack_passes(lengths[window], supervised[window], recipe.data.max_length)
+        else:
+            passes = cut_passes(lengths[window], supervised[window], size)
+        cost = sum(weigh(item, shape) for item in passes[:workers])
+        if cost > worst[0]:
+            worst = cost, Workload(tuple(passes[:workers]), len(passes), ())
+    evaluation = cut_passes(*held_out, recipe.evaluation.batch_size)[: machine.workers]
+    assert worst[1] is not None
+    return Workload(worst[1].training, worst[1].micro_batches, tuple(evaluation))
+
+
+def weigh(item: ForwardPass, shape: ModelShape) -> float:
+    """Relative memory of a forward pass: residual stream, MLP and attention of every layer, and its logits."""
+    token = shape.layers * (6 * shape.hidden + 2 * shape.query_width + 4 * shape.intermediate)
+    return item.tokens * token + 3 * item.supervised * shape.vocabulary
+
+
+def cut_passes(lengths: Lengths, supervised: Lengths, size: int) -> list[ForwardPass]:
+    """Cuts examples into padded passes of `size` rows, the longest ones first, as `make_micro_batches` does."""
+    order = np.argsort(-lengths, kind="stable")
+    groups = [order[start : start + size] for start in range(0, len(order), size)]
+    return [
+        ForwardPass(
+            rows=len(group),
+            length=int(lengths[group[0]]),
+            supervised=int(supervised[group].sum()),
+            masked=bool(lengths[group[0]] != lengths[group[-1]]),
+        )
+        for group in groups
+    ]
+
+
+def pack_passes(lengths: Lengths, supervised: Lengths, pack_length: int) -> list[ForwardPass]:
+    """Packs examples into rows of at most `pack_length` tokens; in full rows the learned tokens are spread evenly."""
+    total, learned = int(lengths.sum()), int(supervised.sum())
+    count = max(1, -(-total // pack_length))
+    row = ForwardPass(
+        1, min(total, pack_length), min(learned, -(-learned // count)), masked=count > 1 or len(lengths) > 1
+    )
+    return [row] * count
