@@ -5,7 +5,7 @@ RUN ?=
 ARGS ?=
 PY := .venv/bin/python
 RUN_OPTION := $(if $(RUN),--run $(RUN))
-.PHONY: setup setup-dev demo test lint train validate baseline infer merge evaluate data reference clean help
+.PHONY: setup setup-dev demo test lint train validate preview prepare baseline infer merge evaluate data reference clean help
 
 help:  ## show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ train: setup  ## train RECIPE
 	@$(PY) scripts/train.py --recipe $(RECIPE) $(ARGS)
 validate: setup  ## check RECIPE without loading weights
 	@$(PY) scripts/validate.py --recipe $(RECIPE) $(ARGS)
+preview: setup  ## rows of RECIPE as the model sees them, and their statistics
+	@$(PY) scripts/preview_data.py --recipe $(RECIPE) $(ARGS)
+prepare: setup  ## convert, split and deduplicate rows: ARGS="--in my.csv --out data/mine.jsonl --to messages"
+	@$(PY) scripts/prepare_data.py $(ARGS)
 baseline: setup  ## answers of the untouched model of RECIPE
 	@$(PY) scripts/baseline_inference.py --recipe $(RECIPE) $(ARGS)
 infer: setup  ## talk to the latest run, or to RUN

@@ -38,13 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", choices=FORMATS, help="format to write (default: as it is)")
     parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="format to read (default: auto)")
     parser.add_argument("--columns", nargs="+", default=[], type=read_pair, metavar="OLD=NEW", help="rename columns")
-    parser.add_argument(
-        "--split", default=0.0, type=read_share, metavar="SHARE", help="share for FILE_eval, such as 0.1"
-    )
+    parser.add_argument("--split", default=0.0, type=float, metavar="SHARE", help="share for FILE_eval, such as 0.1")
     parser.add_argument("--deduplicate", action="store_true", help="leave out rows that repeat an earlier one")
     parser.add_argument("--against", nargs="+", default=[], metavar="FILE", help="leave out rows that stand in these")
     parser.add_argument("--seed", type=int, default=42, help="of the split (default: 42)")
     options = parser.parse_args(arguments)
+    if not 0 <= options.split < 1:
+        parser.error("--split is a share between 0 and 1")
 
     from utils.data_preparation import Order, format_prepared, prepare_rows
 
@@ -70,17 +70,6 @@ def read_pair(text: str) -> tuple[str, str]:
     if not (old and equals and new):
         raise argparse.ArgumentTypeError(f"{text!r} is not OLD=NEW")
     return old, new
-
-
-def read_share(text: str) -> float:
-    """A number between 0 and 1."""
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
-    return share
 
 
 if __name__ == "__main__":

@@ -267,3 +267,41 @@ def test_a_run_whose_numbers_are_not_finite_stops_and_says_failed(tiny_llama: Pa
     assert "Traceback" not in done.stderr
     assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "failed"
     assert not (run / "adapter").exists()
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+
+
+def test_a_run_keeps_its_own_template_whatever_becomes_of_the_file(tiny_llama: Path, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text(TEMPLATE, encoding="utf-8")
+    recipe = write_recipe(tmp_path, tiny_llama)
+    options = ["--set", f"data.template={template}", "--set", "training.max_steps=2"]
+    done = run_script("train", "--recipe", recipe, "--run", tmp_path / "run", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "<user> Say" in done.stdout
+    saved = tmp_path / "run" / "adapter" / "chat_template.jinja"
+    assert saved.read_text(encoding="utf-8") == TEMPLATE
+
+    template.unlink()
+    merged = tmp_path / "merged"
+    done = run_script("merge", "--run", tmp_path / "run", "--out", merged, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (merged / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
+    done = run_script("evaluate_run", "--run", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    saved.write_text(TEMPLATE.replace("<", "["), encoding="utf-8")
+    done = run_script("infer", "--run", tmp_path / "run", "--prompt", "Hi", cwd=tmp_path)
+    assert done.returncode == 5
+    assert "not the one that the run was trained with" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_records_what_was_predicted_and_what_was_measured(finished: Path) -> None:
+    facts = json.loads((find_run(finished) / "run.json").read_text(encoding="utf-8"))
+
+    assert facts["predicted_memory"]["total"] > 0
+    error = facts["predicted_memory"]["total"] / facts["peak_memory_bytes"] - 1
+    assert facts["memory_error"] == pytest.approx(error)
+    assert "Peak memory" in (find_run(finished) / "log.txt").read_text(encoding="utf-8")

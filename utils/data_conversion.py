@@ -108,7 +108,7 @@ def write_alpaca(example: Example) -> dict[str, Any]:
 def write_prompt_completion(example: Example) -> dict[str, Any]:
     """Gives `{"prompt": "…", "completion": "…"}`; lists of messages where the row is more than one question and one answer."""
     messages = [clean_message(message) for message in example.messages]
-    if len(messages) == 2 and not example.tools and "reasoning_content" not in messages[1] and messages[1]["content"]:
+    if len(messages) == 2 and not example.tools and messages[1].keys() == {"role", "content"}:
         return {"prompt": messages[0]["content"], "completion": messages[1]["content"]}
     row: dict[str, Any] = {"prompt": messages[:-1], "completion": messages[-1:]}
     return {**row, "tools": list(example.tools)} if example.tools else row

@@ -21,17 +21,10 @@ from utils.messages import check_messages, check_optional_text, check_order, che
 from utils.messages import check_text as check_text
 
 SHAREGPT = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "bot", "chatgpt"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
 }
 # Columns of well-known data sets under other names; only used to suggest `data.columns`.
 OTHER_NAMES = {

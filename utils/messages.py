@@ -159,9 +159,10 @@ def check_role(role: Any, name: str, where: str) -> str:
 
 def check_assistant(message: dict[str, Any], name: str, where: str) -> Message:
     """An assistant's turn: text, or calls, or both, perhaps with the thinking before it."""
-    calls = message.get("tool_calls")
+    calls = parse_list(message.get("tool_calls"), f"tool_calls of {name}", where)
     if not calls and message.get("function_call"):
-        calls = [message["function_call"]]  # OpenAI's older spelling of a single call
+        # OpenAI's older spelling of a single call.
+        calls = [parse_list(message["function_call"], f"function_call of {name}", where)]
     checked: Message = {"role": "assistant"}
     if calls:
         checked["content"] = check_optional_text(message.get("content"), name, where)
@@ -215,9 +216,8 @@ def make_order_error(index: int, role: str, before: str, where: str) -> DataErro
     return DataError(text, where=where, fix=fix, code="role-order")
 
 
-def check_tool_calls(value: Any, name: str, where: str) -> list[dict[str, Any]]:
+def check_tool_calls(calls: Any, name: str, where: str) -> list[dict[str, Any]]:
     """Calls in OpenAI's form, `{"type": "function", "function": {"name", "arguments"}}`, their arguments as an object."""
-    calls = parse_list(value, f"tool_calls of {name}", where)
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):
         raise make_call_error(f"tool_calls of {name} is no list", where)

@@ -42,7 +42,7 @@ class Anatomy:
         norms: norms in a layer, as wide as the layer.
         head_norms: queries and keys are normalised head by head.
         biased: names of linear modules that always have a bias.
-        asks_bias: keys of config.json that give attention or MLP a bias.
+        optional: keys of config.json that add biases or norms when they are true.
         tied: input embedding and output head share a matrix unless config.json says otherwise.
         head_bias: the output head has a bias.
         learned_positions: an embedding for each position, so that nothing lies beyond the last.
@@ -56,7 +56,7 @@ class Anatomy:
     norms: int = 2
     head_norms: bool = False
     biased: tuple[str, ...] = ()
-    asks_bias: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     tied: bool = False
     head_bias: bool = False
     learned_positions: bool = False
@@ -64,13 +64,13 @@ class Anatomy:
 
 
 ANATOMIES: dict[str, Anatomy] = {
-    "llama": Anatomy(asks_bias=("attention_bias", "mlp_bias")),
+    "llama": Anatomy(optional=("attention_bias", "mlp_bias")),
     "mistral": Anatomy(),
     "qwen2": Anatomy(biased=("q_proj", "k_proj", "v_proj")),
-    "qwen3": Anatomy(head_norms=True, asks_bias=("attention_bias",)),
-    "gemma": Anatomy(tied=True, asks_bias=("attention_bias",)),
-    "gemma2": Anatomy(tied=True, norms=4, plain_attention=True, asks_bias=("attention_bias",)),
-    "gemma3_text": Anatomy(tied=True, norms=4, head_norms=True, asks_bias=("attention_bias",)),
+    "qwen3": Anatomy(head_norms=True, optional=("attention_bias",)),
+    "gemma": Anatomy(tied=True, optional=("attention_bias",)),
+    "gemma2": Anatomy(tied=True, norms=4, plain_attention=True, optional=("attention_bias",)),
+    "gemma3_text": Anatomy(tied=True, norms=4, head_norms=True, optional=("attention_bias",)),
     "phi3": Anatomy(("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")),
     "phi": Anatomy(
         ("q_proj", "k_proj", "v_proj", "dense"),
@@ -79,6 +79,7 @@ ANATOMIES: dict[str, Anatomy] = {
         norm="layer",
         norms=1,
         biased=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+        optional=("qk_layernorm",),
         head_bias=True,
     ),
     "gpt2": Anatomy(
@@ -234,7 +235,12 @@ def list_linears(shape: ModelShape, config: dict[str, Any]) -> list[Linear]:
 def has_bias(name: str, anatomy: Anatomy, config: dict[str, Any]) -> bool:
     """Whether a linear module has a bias, by the table or by a key of config.json."""
     key = "attention_bias" if name in anatomy.attention else "mlp_bias"
-    return name in anatomy.biased or (key in anatomy.asks_bias and bool(config.get(key)))
+    return name in anatomy.biased or asks_for(key, anatomy, config)
+
+
+def asks_for(key: str, anatomy: Anatomy, config: dict[str, Any]) -> bool:
+    """Whether config.json switches on something that this architecture has."""
+    return key in anatomy.optional and bool(config.get(key))
 
 
 def count_parameters(shape: ModelShape, config: dict[str, Any]) -> int:
@@ -243,7 +249,7 @@ def count_parameters(shape: ModelShape, config: dict[str, Any]) -> int:
     per_value = 1 if anatomy.norm == "rms" else 2
     head_size = shape.query_width // shape.heads
     layer = sum(linear.parameters for linear in shape.linears) + anatomy.norms * per_value * shape.hidden
-    layer += 2 * per_value * head_size if anatomy.head_norms or config.get("qk_layernorm") else 0
+    layer += 2 * per_value * head_size if anatomy.head_norms or asks_for("qk_layernorm", anatomy, config) else 0
     embedding = shape.vocabulary * shape.hidden
     tied = config.get("tie_word_embeddings", anatomy.tied)
     head = (0 if tied else embedding) + (shape.vocabulary if anatomy.head_bias else 0)

@@ -88,7 +88,7 @@ def iterate_parquet(path: Path) -> Iterator[Row | Problem]:
             for batch in file.iter_batches(batch_size=ROWS_PER_BATCH):
                 for fields, number in zip(batch.to_pylist(), numbers, strict=False):
                     yield make_table_row(fields, f"{path}:{number}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         text = f"cannot be read as Parquet: {' '.join(str(error).split())[:200]}"
         raise DataError(text, where=str(path), fix="write or download it anew", code="unreadable") from error
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,8 @@ from utils.chat_templates import (
 from utils.data_formats import Example, Message
 from utils.exceptions import DataError, ModelLoadingError, RecipeError
 from utils.loss_masks import PROBE_CALL, PROBE_TOOL, TurnFinder, pin_thinking
-from utils.piece_encoder import Encoded, EncodedExample, Piece, PieceEncoder
+from utils.piece_encoder import Encoded, Piece, PieceEncoder
+from utils.piece_encoder import EncodedExample as EncodedExample
 from utils.piece_encoder import fit_length as fit_length
 from utils.turn_checks import iterate_texts, place
 
@@ -102,13 +102,9 @@ class TokenizerUtils:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
         self.system = system
-        own = tokenizer.chat_template
-        self.strategy = choose_strategy(strategy, own)
+        self.strategy = choose_strategy(strategy, own := tokenizer.chat_template)
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._control_tokens = frozenset({*added, *tokenizer.all_special_tokens})
-        self._control_pattern = re.compile(
-            "|".join(map(re.escape, sorted(self._control_tokens, key=len, reverse=True)))
-        )
         if isinstance(template, str):
             template = resolve_template(template, strategy=strategy, model_template=own, row_formats=row_formats)
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
@@ -258,10 +254,11 @@ class TokenizerUtils:
         """
         texts = [self.system] if self.system is not None else []
         for message in messages:
-            texts += [message["content"]] if len(message) == 2 else iterate_texts(message)
+            parts = [part for key, part in message.items() if key != "role"]
+            texts += parts if len(parts) == 1 else iterate_texts(parts)
         texts += iterate_texts(list(tools))
         for joined in ("".join(texts), "".join([text.strip() for text in texts])):
-            if found := self._control_pattern.search(joined):
+            if found := self._finder.control_pattern.search(joined):
                 fix = "remove it, or write it in another way"
                 raise DataError(f"the text holds the control token {found[0]}", fix=fix, code="control-token")
 

@@ -77,6 +77,7 @@ def run_training(run: PreparedRun) -> TrainingState:
     try:
         state = train(make_parts(run, tracker))
         publish_weights(run, state)
+        results = summarise(run, state)
     except (TunebookError, KeyboardInterrupt) as error:
         run.folder.write_facts({**facts, "status": "failed", "error": hide_secrets(str(error) or "interrupted")})
         raise
@@ -85,7 +86,7 @@ def run_training(run: PreparedRun) -> TrainingState:
         get_logger().removeHandler(handler)
         handler.close()
     plot_loss(run.folder)
-    run.folder.write_facts({**facts, **summarise(run, state)})
+    run.folder.write_facts({**facts, **results})
     return state
 
 

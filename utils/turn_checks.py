@@ -35,7 +35,7 @@ def close_thinking(prompt: str, whole: str, message: Message, index: int) -> str
     opened = THINK.search(prompt)
     header = prompt[: opened.start()] if opened else ""
     if opened and whole.startswith(header) and not whole.startswith("<think>", len(header)):
-        return find_reasoning(message) + CLOSE_THINK + whole[len(header) :]
+        return find_reasoning(message) + CLOSE_THINK + whole[len(header) :].lstrip("\n")
     if opened or THINK_TAGS.search(whole[count_shared(prompt, whole) :]):
         text = f"the chat template's prompt decides whether turn {index + 1} thinks, and this turn does the opposite"
         fix = "give every assistant turn reasoning_content, or none, or set data.template to another template"

@@ -115,21 +115,25 @@ def test_the_hash_is_that_of_the_source() -> None:
 
 FEATURES = {
     "white space control": "{% if true %}\n  a\n{% endif %}\n  b {%- if true %} c{% endif -%}\n d",
-    "loop controls": "{% for a in range(9) %}{% if a == 2 %}{% continue %}{% elif a == 5 %}{% break %}{% endif %}{{ a }}{% endfor %}",
-    "loop variables": "{% for a in 'xyz' %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}{{ loop.nextitem }}{{ loop.revindex }}"
-    "{{ loop.previtem }}{{ loop.cycle('p', 'q') }}{% else %}none{% endfor %}{% for a in none_such %}{% else %}none{% endfor %}",
+    "loop controls": "{% for a in range(9) %}{% if a == 2 %}{% continue %}{% elif a == 5 %}{% break %}{% endif %}{{ a }}"
+    "{% endfor %}",
+    "loop variables": "{% for a in 'xyz' %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}{{ loop.nextitem }}"
+    "{{ loop.revindex }}{{ loop.previtem }}{{ loop.cycle('p', 'q') }}{% endfor %}",
+    "empty loop": "{% for a in none_such %}{% else %}none{% endfor %}{% for a in [] %}{% else %}none{% endfor %}",
     "filtered loop": "{% for a in range(9) if a is odd %}{{ a }}{{ loop.length }}{% endfor %}",
     "recursive loop": "{% for a in [[1, [2, 3]], [4]] recursive %}{{ a if a is number else loop(a) }},{% endfor %}",
     "namespace": "{% set ns = namespace(a=1) %}{% for b in range(3) %}{% set ns.a = ns.a + b %}{% endfor %}{{ ns.a }}",
-    "macro": "{% macro f(a, b=2) %}{{ a ~ b ~ varargs }}{{ caller() if caller }}{% endmacro %}{{ f(1, 2, 3) }}{% call f(1) %}!{% endcall %}",
+    "macro": "{% macro f(a, b=2) %}{{ a ~ b ~ varargs }}{{ caller() if caller }}{% endmacro %}{{ f(1, 2, 3) }}"
+    "{% call f(1) %}!{% endcall %}",
     "set block": "{% set x %}a{{ 1 }}{% endset %}{{ x | upper }}",
     "tojson": "{{ {'a': '<é\"', 'b': [1, none, true]} | tojson }}{{ {'b': 1, 'a': 2} | tojson(indent=2, sort_keys=true) }}",
     "methods": "{{ 'a,b'.split(',') }}{{ {'a': 1}.items() | list }}{{ 'abc'.replace('b', 'xx') }}{{ '-'.join(['a', 'b']) }}",
     "slices": "{{ messages[::-1] }}{{ messages[-1].content[0] }}{{ 'abc'[1:] }}",
-    "filters": "{{ [3, 1] | sort | join('-') }}{{ 'a' | default('b') }}{{ x | default('b') }}{{ messages | map(attribute='role') | list }}"
-    "{{ {'a': 1} | items | list }}{{ [1, 2] | first }}{{ ' a ' | trim }}{{ 'a\nb' | indent }}{{ [1, 2] | select('odd') | list }}",
-    "operators": "{{ 2 + 3 * 4 ** 2 % 5 }}{{ 'a' ~ 1 ~ none }}{{ '%s-%d' % ('a', 1) }}{{ 'a' * 3 }}{{ [1] + [2] }}{{ 1 in [1] }}",
-    "dict": "{{ dict(a=1) }}{{ dict.fromkeys('ab', 1) }}",
+    "filters": "{{ [3, 1] | sort | join('-') }}{{ 'a' | default('b') }}{{ x | default('b') }}{{ {'a': 1} | items | list }}"
+    "{{ [1, 2] | first }}{{ ' a ' | trim }}{{ 'a\nb' | indent }}",
+    "lazy filters": "{{ messages | map(attribute='role') | list }}{{ [1, 2] | select('odd') | list }}",
+    "operators": "{{ 2 + 3 * 4 ** 2 % 5 }}{{ 'a' ~ 1 ~ none }}{{ '%s-%d' % ('a', 1) }}{{ 'a' * 3 }}{{ [1] + [2] }}",
+    "dict": "{{ dict(a=1) }}{{ dict.fromkeys('ab', 1) }}{{ 1 in [1] }}",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% set y = 1 %}{% endgeneration %}{{ y }}{% endfor %}",
     "undefined": "{{ a }}{{ messages[0].b }}{{ a is defined }}{{ tools is none }}{{ documents is none }}{{ bos_token }}",
     "tests": "{{ 'a' is string }}{{ messages is mapping }}{{ messages is iterable }}{{ messages is sequence }}",
@@ -170,7 +174,7 @@ HOSTILE = {
     "a loop that calls itself": "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
     "a giant product": "{{ 'a' * 10 ** 10 }}",
     "a giant list": "{{ [0] * 10 ** 9 }}",
-    "a giant number": "{{ 10 ** 10 ** 9 }}",
+    "a giant number": "{{ 10 ** 1000000000 }}",
     "numbers that square": "{% set ns = namespace(x=3) %}" + LOOP + "{% set ns.x = ns.x * ns.x %}{% endfor %}",
     "a wide field": "{{ '%1000000000d' % 1 }}",
     "a width as argument": "{{ '%*d' % (1000000000, 1) }}",
@@ -205,7 +209,7 @@ HOSTILE = {
     "deep brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "deep blocks": "{% if 1 %}" * 2000 + "{% endif %}" * 2000,
     "a long chain": "{{ " + "+".join(["1"] * 5000) + " }}",
-    "many expressions": "{{ a }}" * 30000,
+    "many expressions": "{{ a }}" * 21000,
     "a long source": "x" * 300_000,
     "Python's internals": "{{ ''.__class__.__mro__ }}",
     "internals by a namespace": "{% set ns = namespace(__class__=1) %}",
@@ -255,7 +259,7 @@ def test_the_memory_limit_is_lifted_after_a_rendering() -> None:
 
     before = resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(DataError):
-        render(HOSTILE["loops without end"])
+        render(HOSTILE["tuples that double"])
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 

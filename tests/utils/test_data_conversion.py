@@ -27,6 +27,7 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
         "messages": [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT, ASSISTANT],
         "tools": [TOOL],
     },
+    "text beside a call": {"messages": [USER, {**ASSISTANT, "tool_calls": [CALL]}]},
     "two calls, the last word": {
         "messages": [USER, {"role": "assistant", "content": "", "tool_calls": [CALL, {**CALL, "id": "b"}]}]
     },
@@ -44,8 +45,13 @@ def describe(example: Example) -> Any:
 
 def list_cases() -> list[tuple[str, FormatName]]:
     """Every conversation with every format that can hold it."""
-    fits = {"one turn": True, "system": True}
-    return [(name, to) for name in CONVERSATIONS for to in WRITERS if to not in SINGLE or fits.get(name)]
+
+    def fits(name: str, to: FormatName) -> bool:
+        if to in SINGLE:
+            return name in ("one turn", "system")
+        return to != "sharegpt" or name != "text beside a call"
+
+    return [(name, to) for name in CONVERSATIONS for to in WRITERS if fits(name, to)]
 
 
 @pytest.mark.parametrize(("name", "to"), list_cases())

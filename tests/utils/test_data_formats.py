@@ -418,6 +418,12 @@ def test_an_old_function_call_becomes_a_tool_call() -> None:
     assert read({"messages": [USER, {"role": "assistant", "function_call": CALL["function"]}]}).messages[1] == CALLING
 
 
+@pytest.mark.parametrize("calls", [None, [], "", "[]", "null"])
+def test_no_calls_are_no_calls(calls: Any) -> None:
+    # The JSON text of an empty list left an assistant turn with an empty list of calls behind.
+    assert read({"messages": [USER, {**ASSISTANT, "tool_calls": calls}]}).messages == (USER, ASSISTANT)
+
+
 @pytest.mark.parametrize("arguments", [None, "", "{}", {}])
 def test_a_call_without_arguments_has_an_empty_object(arguments: Any) -> None:
     call = {"name": "look_up", "arguments": arguments}

@@ -392,6 +392,14 @@ def test_keys_that_parquet_adds_to_structs_are_absent(tmp_path: Path) -> None:
     assert rows[1].where == f"{tmp_path}/a.parquet:2"
 
 
+def test_bad_bytes_in_a_parquet_file_are_a_data_error(tmp_path: Path) -> None:
+    # Arrow reads them without a word, and decoding a cell raised a UnicodeDecodeError of its own.
+    offsets, content = pyarrow.py_buffer(b"\x00\x00\x00\x00\x02\x00\x00\x00"), pyarrow.py_buffer(b"\xc3\x28")
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, content])
+    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    assert fail(str(tmp_path / "a.parquet")).problems[0].code == "unreadable"
+
+
 def test_rows_of_many_parquet_batches_are_numbered_without_a_gap(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [{"text": str(number)} for number in range(1, 2501)])
     rows = load_rows(str(tmp_path / "a.parquet"))

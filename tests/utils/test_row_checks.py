@@ -237,12 +237,12 @@ def test_a_row_that_went_bad_between_the_passes_is_refused(tmp_path: Path) -> No
         list(iterate_examples(find_sources(data.train, "x"), data))
 
 
-def test_a_log_of_a_million_problems_keeps_the_first_ones() -> None:
+def test_a_log_of_many_problems_keeps_the_first_ones() -> None:
     log = ProblemLog()
-    for number in range(1_000_000):
+    for number in range(100_000):
         log.add(Problem("x", str(number)))
     assert len(log.first) == SHOWN_PROBLEMS
-    with pytest.raises(DataError, match="999995 more"):
+    with pytest.raises(DataError, match="99995 more"):
         log.raise_if_any()
 
 

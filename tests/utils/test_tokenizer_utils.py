@@ -463,7 +463,7 @@ def test_under_loss_on_last_and_all_a_rewritten_history_is_one_sequence(tokenize
     content = "{% if m.role == 'assistant' and not loop.last %}(old){% else %}{{ m.content }}{% endif %}"
     path = write_template(tmp_path, BEGINNING + content + "<|im_end|>{% endfor %}" + PROMPT)
     for policy in ("last", "all"):
-        (encoded,) = TokenizerUtils(tokenizer, path, loss_on=policy).encode_conversation(make_example(MULTI))  # type: ignore[arg-type]
+        (encoded,) = TokenizerUtils(tokenizer, path, loss_on=policy).encode_conversation(make_example(MULTI))
         assert "(old)" in tokenizer.decode(encoded.input_ids)
         assert encoded.loss_mask[-1]
         assert encoded.loss_mask.all() == (policy == "all")
@@ -719,6 +719,7 @@ def test_a_tokenizer_that_puts_a_space_before_each_text_gets_no_spaces_inside(te
     )
     encoded = tools.encode_example(example)
     whole = tokenizer(tools.render(example.messages), add_special_tokens=False).input_ids
+    whole = whole if whole[0] == tokenizer.bos_token_id else [tokenizer.bos_token_id, *whole]
     assert encoded.input_ids.tolist() == whole[: len(encoded.input_ids)]
     prompt = tools.encode_prompt(example.prompt)
     assert encoded.input_ids[: len(prompt)].tolist() == prompt.tolist()

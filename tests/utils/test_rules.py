@@ -1,0 +1,204 @@
+"""The table of rules: each rule with a recipe that breaks it, and the shipped recipes that break none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config.model_families import FAMILIES, find_family
+from config.recipe_io import iterate_schema_keys, load_recipe
+from config.structured_config import Recipe
+from utils.rules import RANGES, RULES, Facts, find_problems
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def make_recipe(**sections: Any) -> Recipe:
+    """A plain recipe with some sections changed; lora=None leaves the section out."""
+    values: dict[str, Any] = {
+        "model": {"name": "x"},
+        "data": {"train": "x.jsonl"},
+        "lora": {},
+        "training": {"method": "sft"},
+        "generation": {},
+    }
+    for name, changes in sections.items():
+        values[name] = None if changes is None else {**values[name], **changes}
+    return Recipe.model_validate(values)
+
+
+def list_codes(facts: Facts) -> list[tuple[str, str, str | None]]:
+    return [(problem.severity, problem.code, problem.where) for problem in find_problems(facts, lambda key: key)]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_breaks_no_rule(path: Path) -> None:
+    loaded = load_recipe(path)
+    assert find_problems(Facts(loaded.recipe), loaded.find_origin) == []
+
+
+@pytest.mark.parametrize("parameters", [135e6, 0.5e9, 1.2e9, 3.8e9, 8e9, 70e9])
+def test_the_defaults_break_no_rule_at_any_size(parameters: float) -> None:
+    facts = Facts(
+        make_recipe(),
+        parameters=int(parameters),
+        positions=4096,
+        formats={"messages": 900},
+        held_out_rows=100,
+        longest_prompt=300,
+        steps=170,
+        device="cuda",
+    )
+    assert find_problems(facts, str) == []
+
+
+GPT2 = find_family("gpt2")
+BROKEN: list[tuple[str, str, str, Facts]] = [
+    ("error", "no-chat-template", "data.strategy", Facts(make_recipe(data={"strategy": "chat"}), family=GPT2)),
+    (
+        "error",
+        "no-chat-template",
+        "data.strategy",
+        Facts(make_recipe(data={"strategy": "chat"}), has_chat_template=False),
+    ),
+    (
+        "error",
+        "lora-target",
+        "lora.target_modules",
+        Facts(make_recipe(lora={"target_modules": ["c_attn", "q_proj"]}), family=GPT2),
+    ),
+    (
+        "error",
+        "lora-target",
+        "lora.target_modules",
+        Facts(make_recipe(lora={"target_modules": ["c_attn"]}), modules=("q_proj",)),
+    ),
+    (
+        "error",
+        "preference-rows",
+        "data.train",
+        Facts(make_recipe(), formats={"preference": 3, "messages": 5}),
+    ),
+    ("error", "preference-rows", "data.train", Facts(make_recipe(data={"format": "preference"}))),
+    ("error", "raw-text", "data.strategy", Facts(make_recipe(data={"strategy": "chat"}), formats={"text": 1})),
+    (
+        "error",
+        "beyond-positions",
+        "data.max_length",
+        Facts(make_recipe(data={"max_length": 1025}), positions=1024, learned_positions=True),
+    ),
+    ("warning", "beyond-positions", "data.max_length", Facts(make_recipe(), positions=1023)),
+    (
+        "error",
+        "answer-beyond-positions",
+        "generation.max_new_tokens",
+        Facts(make_recipe(), positions=1024, learned_positions=True, longest_prompt=769),
+    ),
+    (
+        "warning",
+        "answer-beyond-positions",
+        "generation.max_new_tokens",
+        Facts(make_recipe(), positions=1024, longest_prompt=769),
+    ),
+    (
+        "warning",
+        "far-learning-rate",
+        "training.learning_rate",
+        Facts(make_recipe(training={"learning_rate": 2.1e-3}), parameters=10**8),
+    ),
+    ("warning", "far-learning-rate", "training.learning_rate", Facts(make_recipe(lora=None), parameters=10**8)),
+    (
+        "warning",
+        "far-learning-rate",
+        "training.learning_rate",
+        Facts(make_recipe(training={"learning_rate": 2e-5}), parameters=10**8),
+    ),
+    ("warning", "far-alpha", "lora.alpha", Facts(make_recipe(lora={"alpha": 15.0}))),
+    ("warning", "far-alpha", "lora.alpha", Facts(make_recipe(lora={"alpha": 65.0}))),
+    (
+        "warning",
+        "long-step",
+        "training.batch_size",
+        Facts(make_recipe(), parameters=8 * 10**9, tokens_per_step=4000.0, device="cpu", cores=8),
+    ),
+    ("warning", "few-steps", "training.epochs", Facts(make_recipe(), steps=19)),
+    ("warning", "few-held-out", "data.eval_fraction", Facts(make_recipe(), held_out_rows=4)),
+    ("warning", "no-eval", "data.eval_fraction", Facts(make_recipe(), held_out_rows=0)),
+    ("warning", "no-eval", "data.eval_fraction", Facts(make_recipe(data={"eval_fraction": 0.0}))),
+    ("warning", "unusual-value", "training.epochs", Facts(make_recipe(training={"epochs": 0.5}))),
+    ("warning", "unusual-value", "training.epochs", Facts(make_recipe(training={"epochs": 11.0}))),
+    ("warning", "unusual-value", "training.batch_size", Facts(make_recipe(training={"batch_size": 3}))),
+    ("warning", "unusual-value", "training.batch_size", Facts(make_recipe(training={"batch_size": 129}))),
+    ("warning", "unusual-value", "training.warmup_ratio", Facts(make_recipe(training={"warmup_ratio": 0.21}))),
+    ("warning", "unusual-value", "training.weight_decay", Facts(make_recipe(training={"weight_decay": 0.2}))),
+    ("warning", "unusual-value", "training.neftune_alpha", Facts(make_recipe(training={"neftune_alpha": 4.0}))),
+    ("warning", "unusual-value", "lora.r", Facts(make_recipe(lora={"r": 4, "alpha": 8.0}))),
+    ("warning", "unusual-value", "lora.r", Facts(make_recipe(lora={"r": 128, "alpha": 256.0}))),
+    ("warning", "unusual-value", "lora.dropout", Facts(make_recipe(lora={"dropout": 0.3}))),
+]
+
+
+@pytest.mark.parametrize(
+    ("severity", "code", "key", "facts"), BROKEN, ids=[f"{index}-{row[1]}" for index, row in enumerate(BROKEN)]
+)
+def test_a_broken_rule_is_the_only_problem_and_names_its_key(severity: str, code: str, key: str, facts: Facts) -> None:
+    assert list_codes(facts) == [(severity, code, key)]
+    (problem,) = find_problems(facts, lambda key: f"recipe.yaml:{len(key)}")
+    assert problem.where == f"recipe.yaml:{len(key)}"
+    assert problem.fix
+
+
+def test_every_rule_and_range_is_broken_by_a_test() -> None:
+    broken = {row[:3] for row in BROKEN}
+    assert {(rule.severity, rule.code, rule.key) for rule in RULES} <= broken
+    assert {("warning", "unusual-value", usual.key) for usual in RANGES} <= broken
+
+
+def test_rules_point_at_keys_of_the_schema_and_have_names_of_their_own() -> None:
+    assert {rule.key for rule in RULES} | {usual.key for usual in RANGES} <= set(iterate_schema_keys(Recipe))
+    assert max(Counter((rule.severity, rule.code) for rule in RULES).values()) == 1
+
+
+def test_all_problems_are_found_at_once_and_errors_come_first() -> None:
+    recipe = make_recipe(
+        data={"strategy": "chat", "max_length": 4000},
+        lora={"target_modules": ["q_proj"], "alpha": 500.0},
+        training={"batch_size": 500},
+    )
+    facts = Facts(recipe, family=GPT2, positions=1024, learned_positions=True, formats={"text": 7, "preference": 1})
+    severities = [severity for severity, _, _ in list_codes(facts)]
+    assert severities == ["error"] * 5 + ["warning"] * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_targets_of_a_family_fit_it_and_wrong_ones_are_answered_with_the_right_ones(family: Any) -> None:
+    right = make_recipe(lora={"target_modules": list(family.lora_targets)})
+    assert list_codes(Facts(right, family=family)) == []
+    wrong = make_recipe(lora={"target_modules": ["wrong_proj"]})
+    (problem,) = find_problems(Facts(wrong, family=family), str)
+    assert all(name in (problem.fix or "") for name in family.lora_targets)
+
+
+def test_a_model_that_brings_a_template_may_chat_whatever_its_family() -> None:
+    recipe = make_recipe(data={"strategy": "chat"})
+    assert list_codes(Facts(recipe, family=GPT2, has_chat_template=True)) == []
+    named = make_recipe(data={"strategy": "chat", "template": "chatml"})
+    assert list_codes(Facts(named, family=GPT2)) == []
+    assert list_codes(Facts(make_recipe(data={"strategy": "standard"}), family=GPT2)) == []
+
+
+def test_full_fine_tuning_has_its_own_learning_rate() -> None:
+    recipe = make_recipe(lora=None, training={"learning_rate": 3e-5})
+    assert list_codes(Facts(recipe, parameters=10**8)) == []
+    (problem,) = find_problems(Facts(make_recipe(lora=None), parameters=8 * 10**9), str)
+    assert (
+        problem.message == "learning_rate 0.0004 is 40 times above the usual 1e-05 for all weights on 8.0B parameters"
+    )
+
+
+def test_max_steps_make_epochs_meaningless() -> None:
+    assert list_codes(Facts(make_recipe(training={"max_steps": 300}))) == []

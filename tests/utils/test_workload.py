@@ -1,0 +1,142 @@
+"""The largest forward passes of a run, compared with the batches that training itself makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from config.structured_config import Recipe
+from utils.batching import iterate_windows, make_micro_batches
+from utils.machine import Machine
+from utils.model_shape import ModelShape, read_shape
+from utils.tokenizer_utils import EncodedExample
+from utils.workload import ForwardPass, assume_workload, choose_micro_batch_size, count_training_workers, plan_workload
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 1000,
+}
+MACHINE = Machine("cpu", 2, 2, 512, 8 << 30, 4 << 30, quick_bfloat16=False)
+
+
+def make_recipe(**training: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"name": "x"},
+            "data": {"train": "x.jsonl", "max_length": 128},
+            "lora": {},
+            "training": {"method": "sft", "batch_size": 4, **training},
+        }
+    )
+
+
+def find_shape(config: dict[str, Any] = LLAMA) -> ModelShape:
+    shape = read_shape(config)
+    assert shape is not None
+    return shape
+
+
+def make_examples(count: int) -> list[EncodedExample]:
+    """Examples of different lengths, of which the last third is learned."""
+    generator = np.random.default_rng(7)
+    examples = []
+    for length in generator.integers(9, 120, count):
+        mask = np.arange(length) >= length - length // 3
+        examples.append(EncodedExample(np.ones(length, dtype=np.int64), mask, "x:1"))
+    return examples
+
+
+def measure(examples: list[EncodedExample]) -> tuple[np.ndarray, np.ndarray]:
+    return (
+        np.array([len(example.input_ids) for example in examples], dtype=np.int64),
+        np.array([example.supervised_tokens for example in examples], dtype=np.int64),
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_worst_step_is_one_that_training_takes(size: int) -> None:
+    recipe, train, held_out = make_recipe(micro_batch_size=size, epochs=2), make_examples(50), make_examples(37)
+    workload = plan_workload(recipe, find_shape(), MACHINE, measure(train), measure(held_out))
+
+    steps = []
+    for epoch in range(2):
+        for window in iterate_windows(50, 4, recipe.seed, epoch):
+            batches = make_micro_batches([train[index] for index in window], size, 0)
+            steps.append(
+                tuple(
+                    ForwardPass(
+                        *batch.input_ids.shape, batch.supervised_tokens, masked=batch.attention_mask is not None
+                    )
+                    for batch in batches
+                )
+            )
+    assert workload.training in [step[:2] for step in steps]
+    assert (
+        sum(item.tokens for item in workload.training)
+        >= max(sum(item.tokens for item in step[:2]) for step in steps) * 0.95
+    )
+    assert workload.micro_batches == -(-4 // size)
+    scored = make_micro_batches(held_out, recipe.evaluation.batch_size, 0)[:2]
+    assert [(item.rows, item.length, item.supervised) for item in workload.evaluation] == [
+        (*batch.input_ids.shape, batch.supervised_tokens) for batch in scored
+    ]
+
+
+def test_a_long_row_that_appears_once_is_found() -> None:
+    lengths = np.full(1000, 10, dtype=np.int64)
+    lengths[777] = 128
+    nothing = np.zeros(0, dtype=np.int64)
+    workload = plan_workload(make_recipe(), find_shape(), MACHINE, (lengths, lengths - 1), (nothing, nothing))
+    assert workload.training[0].length == 128
+    assert workload.evaluation == ()
+
+
+def test_packed_rows_are_as_long_as_allowed() -> None:
+    lengths = np.full(100, 50, dtype=np.int64)
+    train = lengths, lengths // 2
+    workload = plan_workload(make_recipe(packing=True), find_shape(), MACHINE, train, train)
+    assert workload.training == (ForwardPass(1, 128, 50, masked=True),) * 2
+
+
+def test_without_rows_the_most_that_the_recipe_allows_is_assumed() -> None:
+    workload = assume_workload(make_recipe(), find_shape(), MACHINE)
+    assert workload.training == (ForwardPass(2, 128, 254, masked=False),) * 2
+    assert workload.evaluation == (ForwardPass(16, 128, 16 * 127, masked=False),) * 2
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "longest", "workers", "budget", "size"),
+    [(4, 99, 2, 512, 2), (16, 99, 2, 512, 5), (16, 1024, 2, 512, 1), (1, 10, 8, 512, 1), (16, 512, 1, 16_384, 16)],
+)
+def test_the_automatic_size_gives_every_worker_a_share_within_the_budget(
+    batch_size: int, longest: int, workers: int, budget: int, size: int
+) -> None:
+    assert choose_micro_batch_size(batch_size, longest, workers, budget) == size
+
+
+def test_one_worker_trains_where_random_numbers_are_drawn() -> None:
+    gpt2 = find_shape({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100})
+    still = find_shape(
+        {
+            "model_type": "gpt2",
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "vocab_size": 100,
+            "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+        }
+    )
+    assert count_training_workers(make_recipe(), find_shape(), MACHINE) == 2
+    assert count_training_workers(make_recipe(), gpt2, MACHINE) == 1
+    assert count_training_workers(make_recipe(), still, MACHINE) == 2
+    assert count_training_workers(make_recipe(neftune_alpha=5.0), find_shape(), MACHINE) == 1
+    noisy = make_recipe().model_copy(update={"lora": make_recipe().lora.model_copy(update={"dropout": 0.1})})  # type: ignore[union-attr]
+    assert count_training_workers(noisy, find_shape(), MACHINE) == 1
