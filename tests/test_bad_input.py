@@ -16,7 +16,7 @@ GOOD_ROWS = "".join(
     json.dumps({"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]}) + "\n"
     for n in range(12)
 )
-HELP_SECONDS = 0.4
+HELP_SECONDS = 0.6  # of the contract; 0.35 on an idle machine
 
 
 def make_environment(folder: Path) -> dict[str, str]:

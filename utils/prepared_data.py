@@ -42,6 +42,7 @@ CODE = (
     "template_sandbox",
     "template_limits",
     "piece_encoder",
+    "turn_checks",
     "loss_masks",
     "tokenizer_utils",
     "token_cache",

@@ -76,8 +76,9 @@ def open_model(name: str, generation: GenerationSection) -> Session:
         generation=generation,
     )
     source = find_model(recipe.model, "--model", with_weights=True)
+    loaded = load_tokenizer(source.folder)
     # A model without a template of its own gets the prompt as it is.
-    tokenizer = TokenizerUtils(load_tokenizer(source.folder), row_formats=("prompt_completion",))
+    tokenizer = TokenizerUtils(loaded, row_formats=() if loaded.chat_template else ("prompt_completion",))
     backend = load_backend(recipe.backend)
     SeedManager(recipe.seed).seed_everything()
     model = backend.load_model(source, recipe)
