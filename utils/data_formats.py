@@ -12,13 +12,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from config.structured_config import FormatName as FormatName
+from config.structured_config import FormatName
 from utils.data_loading import Row, raise_problems
 from utils.exceptions import DataError, Problem
-from utils.messages import Message as Message
-from utils.messages import check_message as check_message
-from utils.messages import check_messages, check_optional_text, check_order, check_tools, check_turns, parse_list
-from utils.messages import check_text as check_text
+from utils.messages import (
+    Message,
+    check_messages,
+    check_optional_text,
+    check_order,
+    check_text,
+    check_tools,
+    check_turns,
+    parse_list,
+)
 
 SHAREGPT = {
     **dict.fromkeys(("human", "user"), "user"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -241,23 +240,6 @@ def read_text_lines(path: Path) -> list[str]:
     if not found:
         raise DataError("holds no lines", where=str(path), fix="write one prompt a line", code="no-rows")
     return found
-
-
-def split_rows(rows: Sequence[Row], eval_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Holds out a seeded share of the rows: at least one, and never all of them.
-
-    Returns:
-        Training rows and held-out rows, each in file order.
-    """
-    if eval_fraction == 0 or len(rows) < 2:
-        return list(rows), []
-    count = min(max(1, round(len(rows) * eval_fraction)), len(rows) - 1)
-    # random.sample's algorithm is stable across Python versions for a given seed, so a split can be repeated.
-    held_out = set(random.Random(seed).sample(range(len(rows)), count))  # noqa: S311 - a split, not a secret
-    return (
-        [row for index, row in enumerate(rows) if index not in held_out],
-        [row for index, row in enumerate(rows) if index in held_out],
-    )
 
 
 def iterate_batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -258,7 +258,10 @@ def count_parameters(shape: ModelShape, config: dict[str, Any]) -> int:
 
 
 def measure_shape(source: ModelSource) -> ModelShape | None:
-    """The shape of a model; where its weight files are on this disk, their headers decide the number of parameters."""
+    """The shape of a model; where its weight files are on this disk, their headers decide the number of parameters.
+
+    Headers that hold much less than config.json promises belong to a download that is not complete.
+    """
     shape = read_shape(source.config)
     stored = sum(math.prod(sizes) for _, sizes in iterate_tensor_shapes(source))
-    return replace(shape, parameters=stored) if shape and stored else shape
+    return replace(shape, parameters=stored) if shape and stored > 0.95 * shape.parameters else shape

@@ -105,7 +105,9 @@ def find_shared(content: bytearray, other: bytearray) -> SharedRows:
 
 
 def choose_held_out(groups: RowGroups, eval_fraction: float, seed: int) -> frozenset[int]:
-    """Holds out a seeded share of the rows, as `split_rows` does; copies of one row fall on the same side.
+    """Holds out a seeded share of the rows; copies of one row fall on the same side.
+
+    `random.sample` gives the same rows on every machine and Python, so the split of an old run can be repeated.
 
     Returns:
         Indices of held-out rows: at least one row and never all, unless fewer than two rows differ.

@@ -11,9 +11,10 @@ from config.recipe_io import LoadedRecipe
 from config.structured_config import DataSection, GenerationSection, ModelSection, Recipe, TrainingSection
 from utils.backends import load_backend
 from utils.batching import pad_prompts_left
-from utils.data_formats import Message
 from utils.evaluation import load_trained_model
+from utils.exceptions import DataError
 from utils.inference import Ids, Responder, make_settings
+from utils.messages import Message, check_message, check_text
 from utils.model_source import find_model
 from utils.preflight import open_run_tokenizer
 from utils.run_folder import RunFolder
@@ -87,29 +88,29 @@ def open_model(name: str, generation: GenerationSection) -> Session:
 
 
 def read_prompts(path: Path) -> list[list[Message]]:
-    """Reads prompts: JSONL rows with `prompt` or `messages`, or a text file with one prompt a line.
+    """Reads prompts: rows with `prompt` or `messages` in any file that rows can stand in, or text with one prompt a line.
 
     Raises:
         DataError: no such file, no prompt in a row.
     """
-    from utils.data_formats import check_text
-    from utils.data_loading import load_rows, read_text_lines
+    from utils.data_loading import find_kind, load_rows, read_text_lines
 
-    if path.suffix not in (".json", ".jsonl"):
+    if find_kind(path) is None:
         return [[{"role": "user", "content": line}] for line in read_text_lines(path)]
     conversations = []
     for row in load_rows(str(path)):
         if isinstance(messages := row.fields.get("messages"), list):
             conversations.append(check_prompt_messages(messages, row.where))
-        else:
-            content = check_text(row.fields.get("prompt"), "prompt", row.where)
+        elif "prompt" in row.fields:
+            content = check_text(row.fields["prompt"], "prompt", row.where)
             conversations.append([{"role": "user", "content": content}])
+        else:
+            fix = f"name a column prompt or messages; columns here: {', '.join(row.fields)}"
+            raise DataError("the row has neither prompt nor messages", where=row.where, fix=fix, code="no-prompt")
     return conversations
 
 
 def check_prompt_messages(messages: list[Any], where: str) -> list[Message]:
     """A conversation to answer: a last assistant turn, as in training rows, is taken off."""
-    from utils.data_formats import check_message
-
     checked = [check_message(message, index, where) for index, message in enumerate(messages)]
     return checked[:-1] if checked and checked[-1]["role"] == "assistant" else checked

@@ -76,7 +76,7 @@ class EncodedSet(Sequence[EncodedExample]):
             table.input_ids[start:end].astype(np.int64),
             table.loss_mask[start:end].astype(np.bool_),
             table.columns["where"][row].as_py(),
-            is_text=table.columns["is_text"][row].as_py(),
+            is_text=bool(table.columns["is_text"][row].as_py()),
         )
 
     def __iter__(self) -> Iterator[EncodedExample]:
@@ -90,12 +90,12 @@ class EncodedSet(Sequence[EncodedExample]):
     @property
     def supervised(self) -> npt.NDArray[np.int64]:
         """Learned tokens of each example, shape (examples,)."""
-        return self._collect(lambda table: table.columns["supervised"].to_numpy())
+        return self._collect(lambda table: view_column(table.columns["supervised"], "i4"))
 
     @property
     def sources(self) -> npt.NDArray[np.int64]:
         """Number of the source that each example came from, shape (examples,)."""
-        return self._collect(lambda table: table.columns["source"].to_numpy())
+        return self._collect(lambda table: view_column(table.columns["source"], "i4"))
 
     def _collect(self, read: Callable[[TokenTable], Any]) -> npt.NDArray[np.int64]:
         """Joins a column of all tables and puts it into order."""
@@ -117,7 +117,7 @@ class TokenWriter:
                 "input_ids": pa.list_(pa.int32()),
                 "loss_mask": pa.list_(pa.uint8()),
                 "where": pa.string(),
-                "is_text": pa.bool_(),
+                "is_text": pa.uint8(),
                 "source": pa.int32(),
                 "supervised": pa.int32(),
             }
@@ -138,15 +138,39 @@ class TokenWriter:
 
         if not examples:
             return
+        starts = make_column(np.cumsum([0, *(len(example.input_ids) for example in examples)]), "i4")
+        ids = make_column(np.concatenate([example.input_ids for example in examples]), "i4")
+        mask = make_column(np.concatenate([example.loss_mask for example in examples]), "u1")
         columns = [
-            pa.array([example.input_ids.astype(np.int32) for example in examples], self.schema.field(0).type),
-            pa.array([example.loss_mask.astype(np.uint8) for example in examples], self.schema.field(1).type),
-            pa.array([example.where for example in examples]),
-            pa.array([example.is_text for example in examples]),
-            pa.array([source] * len(examples), pa.int32()),
-            pa.array([example.supervised_tokens for example in examples], pa.int32()),
+            pa.ListArray.from_arrays(starts, ids),
+            pa.ListArray.from_arrays(starts, mask),
+            make_text_column([example.where.encode() for example in examples]),
+            make_column([example.is_text for example in examples], "u1"),
+            make_column([source] * len(examples), "i4"),
+            make_column([example.supervised_tokens for example in examples], "i4"),
         ]
         self.stream.write_batch(pa.record_batch(columns, schema=self.schema))
+
+
+def make_column(values: npt.NDArray[Any] | Sequence[int], kind: str) -> Any:
+    """Numbers as an Arrow array without a copy; `pyarrow.array` would import pandas, a quarter of a second.
+
+    Args:
+        kind: numpy's name of a type, such as `i4`.
+    """
+    import pyarrow as pa
+
+    numbers = np.asarray(values, dtype=kind)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(numbers.dtype), len(numbers), [None, pa.py_buffer(numbers)])
+
+
+def make_text_column(values: Sequence[bytes]) -> Any:
+    """UTF-8 texts as an Arrow array."""
+    import pyarrow as pa
+
+    ends = np.cumsum([0, *(len(value) for value in values)], dtype="i4")
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(values))]
+    return pa.Array.from_buffers(pa.string(), len(values), buffers)
 
 
 def read_tokens(path: Path) -> EncodedSet:
@@ -161,8 +185,18 @@ def view_batch(batch: Any) -> TokenTable:
     """numpy views of one record batch."""
     ids, mask = batch.column("input_ids"), batch.column("loss_mask")
     columns = {name: batch.column(name) for name in ("where", "is_text", "source", "supervised")}
-    offsets = np.asarray(ids.offsets, dtype=np.int64)
-    return TokenTable(ids.values.to_numpy(), mask.values.to_numpy(), offsets, columns)
+    return TokenTable(
+        view_column(ids.values, "i4"),
+        view_column(mask.values, "u1"),
+        view_column(ids.offsets, "i4").astype("i8"),
+        columns,
+    )
+
+
+def view_column(array: Any, kind: str) -> npt.NDArray[Any]:
+    """Numbers of an Arrow array without a copy; `to_numpy` would import pandas."""
+    numbers = np.dtype(kind)
+    return np.frombuffer(array.buffers()[1], numbers, count=len(array), offset=array.offset * numbers.itemsize)
 
 
 def find_cache_entry(key: str) -> Path:

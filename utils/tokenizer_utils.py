@@ -24,9 +24,10 @@ from utils.chat_templates import (
     list_shipped,
     resolve_template,
 )
-from utils.data_formats import Example, Message
+from utils.data_formats import Example
 from utils.exceptions import DataError, ModelLoadingError, RecipeError
 from utils.loss_masks import PROBE_CALL, PROBE_TOOL, TurnFinder, pin_thinking
+from utils.messages import Message
 from utils.piece_encoder import Encoded, Piece, PieceEncoder
 from utils.piece_encoder import EncodedExample as EncodedExample
 from utils.piece_encoder import fit_length as fit_length

@@ -5,7 +5,8 @@ The windows are those of training itself (`iterate_windows`, `make_micro_batches
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -19,6 +20,7 @@ from utils.model_shape import ModelShape
 Lengths = npt.NDArray[np.int64]
 # A run of a million rows has tens of thousands of windows; their worst one is hardly longer than that of the first thousands.
 MAX_WINDOWS = 5000
+SAME_LENGTH = 0.95
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,13 @@ class Workload:
     Attributes:
         training: micro-batches of the worst step that are computed at the same time.
         micro_batches: of a whole step.
+        repeated: micro-batches that come later in the step are as long as these.
         evaluation: batches of held-out rows that are scored at the same time; none without held-out rows.
     """
 
     training: tuple[ForwardPass, ...]
     micro_batches: int
+    repeated: bool
     evaluation: tuple[ForwardPass, ...]
 
 
@@ -114,10 +118,15 @@ def plan_workload(
             passes = cut_passes(lengths[window], supervised[window], size)
         cost = sum(weigh(item, shape) for item in passes[:workers])
         if cost > worst[0]:
-            worst = cost, Workload(tuple(passes[:workers]), len(passes), ())
+            worst = cost, Workload(tuple(passes[:workers]), len(passes), repeats_itself(passes, workers), ())
     evaluation = cut_passes(*held_out, recipe.evaluation.batch_size)[: machine.workers]
     assert worst[1] is not None
-    return Workload(worst[1].training, worst[1].micro_batches, tuple(evaluation))
+    return replace(worst[1], evaluation=tuple(evaluation))
+
+
+def repeats_itself(passes: Sequence[ForwardPass], workers: int) -> bool:
+    """True if more micro-batches are about as long as the longest than run side by side."""
+    return sum(item.length >= SAME_LENGTH * passes[0].length for item in passes) > workers
 
 
 def weigh(item: ForwardPass, shape: ModelShape) -> float:

@@ -22,7 +22,6 @@ from utils.data_loading import (
     load_rows,
     read_text_lines,
     rename_row,
-    split_rows,
 )
 from utils.exceptions import DataError
 
@@ -223,51 +222,6 @@ def test_renaming_onto_a_column_that_exists_is_refused(tmp_path: Path) -> None:
     # One of the two values was thrown away without a word; which one depended on the order of the row's keys.
     path = write(tmp_path / "a.jsonl", '{"question": "q", "prompt": "p", "completion": "c"}\n')
     assert fail(path, {"question": "prompt"}).problems[0].where == f"{path}:1"
-
-
-def make_rows(count: int) -> list[Row]:
-    return [Row({"text": str(index)}, f"x:{index}") for index in range(count)]
-
-
-def test_a_split_is_the_same_for_the_same_seed_and_another_for_another() -> None:
-    rows = make_rows(200)
-    assert split_rows(rows, 0.1, 42) == split_rows(rows, 0.1, 42)
-    assert split_rows(rows, 0.1, 42) != split_rows(rows, 0.1, 43)
-
-
-def test_a_split_loses_no_row_repeats_none_and_keeps_the_order() -> None:
-    rows = make_rows(97)
-    train, held_out = split_rows(rows, 0.2, 7)
-    assert len(held_out) == 19
-    assert {row.where for row in train} | {row.where for row in held_out} == {row.where for row in rows}
-    assert not {row.where for row in train} & {row.where for row in held_out}
-    for part in (train, held_out):
-        assert part == [row for row in rows if row in part]
-
-
-def test_a_split_of_known_rows_never_changes() -> None:
-    # Pinned: the held-out rows of an old run must be found again, on every machine and Python.
-    _, held_out = split_rows(make_rows(30), 0.1, 42)
-    assert [row.fields["text"] for row in held_out] == ["0", "3", "20"]
-
-
-@pytest.mark.parametrize("count", [2, 3, 9])
-def test_a_small_fraction_holds_out_at_least_one_row(count: int) -> None:
-    train, held_out = split_rows(make_rows(count), 0.001, 1)
-    assert len(held_out) == 1
-    assert len(train) == count - 1
-
-
-@pytest.mark.parametrize("count", [2, 3, 10])
-def test_a_split_never_holds_out_all_rows(count: int) -> None:
-    train, held_out = split_rows(make_rows(count), 0.999, 1)
-    assert len(train) == 1
-    assert len(held_out) == count - 1
-
-
-def test_fraction_0_and_a_single_row_hold_out_nothing() -> None:
-    assert split_rows(make_rows(10), 0, 1) == (make_rows(10), [])
-    assert split_rows(make_rows(1), 0.5, 1) == (make_rows(1), [])
 
 
 def test_batches_are_consecutive_and_the_last_may_be_smaller() -> None:

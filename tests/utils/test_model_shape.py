@@ -142,6 +142,12 @@ def test_weight_files_on_disk_decide_the_number_of_parameters(embedded: ModelSou
     assert longer.parameters == 134_515_008
 
 
+def test_half_a_download_decides_nothing(embedded: ModelSource) -> None:
+    twice = measure_shape(ModelSource("x", embedded.folder, {**embedded.config, "num_hidden_layers": 60}))
+    assert twice is not None
+    assert twice.parameters == 134_515_008 + 30 * 3_540_096
+
+
 def test_learned_positions_are_told_from_rotary_ones() -> None:
     assert find_positions({"n_positions": 1024}) == 1024
     assert find_positions({"max_position_embeddings": 8192}) == 8192

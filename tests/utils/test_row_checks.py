@@ -13,7 +13,7 @@ import pytest
 
 from config.structured_config import DataSection
 from utils.data_formats import read_example
-from utils.data_loading import SHOWN_PROBLEMS, Row, load_rows, split_rows
+from utils.data_loading import SHOWN_PROBLEMS, Row
 from utils.data_sources import find_sources
 from utils.exceptions import DataError, Problem
 from utils.fingerprints import fingerprint_example
@@ -144,11 +144,18 @@ def test_calls_that_differ_in_their_arguments_are_no_copies() -> None:
 
 @pytest.mark.parametrize("count", [2, 9, 30, 300])
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.95])
-def test_without_copies_the_held_out_rows_are_those_of_split_rows(tmp_path: Path, count: int, share: float) -> None:
-    path = write(tmp_path / "a.jsonl", [make_row(n) for n in range(count)])
-    _, expected = split_rows(load_rows(path), share, 7)
-    found = scan(path, seed=7, eval_fraction=share)
-    assert sorted(found.held_out) == [int(row.where.rpartition(":")[2]) - 1 for row in expected]
+def test_without_copies_the_held_out_rows_are_a_seeded_sample(tmp_path: Path, count: int, share: float) -> None:
+    found = scan(write(tmp_path / "a.jsonl", [make_row(n) for n in range(count)]), seed=7, eval_fraction=share)
+    size = min(max(1, round(count * share)), count - 1)  # at least one row, and never all
+    assert found.held_out == set(random.Random(7).sample(range(count), size))
+    assert found.evaluation_rows == size
+
+
+def test_the_held_out_rows_of_an_old_run_are_found_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [make_row(n) for n in range(30)])
+    assert scan(path, seed=42).held_out == {0, 3, 20}
+    assert scan(path, seed=42, eval_fraction=0).held_out == frozenset()
+    assert scan(write(tmp_path / "one.jsonl", [make_row(0)])).held_out == frozenset()
 
 
 @pytest.mark.parametrize("seed", range(5))

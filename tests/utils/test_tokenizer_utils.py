@@ -21,9 +21,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from config.structured_config import ModelSection
-from utils.data_formats import Example, Message, read_example
+from utils.data_formats import Example, read_example
 from utils.data_loading import Row
 from utils.exceptions import DataError, ModelLoadingError, RecipeError
+from utils.messages import Message
 from utils.model_source import find_model
 from utils.tokenizer_utils import EncodedExample, TokenizerUtils, ensure_pad_token, fit_length, load_tokenizer
 

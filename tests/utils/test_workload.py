@@ -82,6 +82,7 @@ def test_the_worst_step_is_one_that_training_takes(size: int) -> None:
         >= max(sum(item.tokens for item in step[:2]) for step in steps) * 0.95
     )
     assert workload.micro_batches == -(-4 // size)
+    assert not workload.repeated
     scored = make_micro_batches(held_out, recipe.evaluation.batch_size, 0)[:2]
     assert [(item.rows, item.length, item.supervised) for item in workload.evaluation] == [
         (*batch.input_ids.shape, batch.supervised_tokens) for batch in scored
@@ -102,6 +103,15 @@ def test_packed_rows_are_as_long_as_allowed() -> None:
     train = lengths, lengths // 2
     workload = plan_workload(make_recipe(packing=True), find_shape(), MACHINE, train, train)
     assert workload.training == (ForwardPass(1, 128, 50, masked=True),) * 2
+    assert not workload.repeated
+
+
+def test_equal_rows_repeat_the_longest_pass() -> None:
+    lengths = np.full(100, 50, dtype=np.int64)
+    workload = plan_workload(
+        make_recipe(micro_batch_size=1), find_shape(), MACHINE, (lengths, lengths), (lengths, lengths)
+    )
+    assert workload.repeated
 
 
 def test_without_rows_the_most_that_the_recipe_allows_is_assumed() -> None:

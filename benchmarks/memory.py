@@ -1,0 +1,278 @@
+"""How well the predicted peak memory of a run agrees with the measured one, over the shipped recipes.
+
+    python benchmarks/memory.py [--only NAME] [--limit-gb N] [--write]
+
+Builds a random-weight model of each recipe's real architecture in a temporary folder, trains it for three steps with the
+recipe's own batch, adapter and rows, and reads both numbers from run.json. Models that are not on this machine are typed
+below; where one is too large for the memory, it is built with fewer layers. They get the embedded model's tokenizer, so rows
+have other lengths than on the real model. `--write` writes docs/results/memory.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from config.recipe_io import load_recipe  # noqa: E402
+from config.structured_config import ModelSection  # noqa: E402
+from utils.machine import measure_memory  # noqa: E402
+from utils.memory import show_bytes  # noqa: E402
+from utils.model_shape import read_shape  # noqa: E402
+from utils.model_source import DEFAULT_MODEL, find_model  # noqa: E402
+
+RESULT = ROOT / "docs" / "results" / "memory.md"
+STEPS = 3
+TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+# The sizes of the real models, as their config.json on the hub states them.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2_text": {
+        "model_type": "gpt2",
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+    },
+    "qwen_chat": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    },
+    "llama_chat": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    },
+    "phi_chat": {
+        "model_type": "phi3",
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    },
+}
+LAYERS_KEY = {"gpt2": "n_layer"}
+STORED = {"gpt2_text": "float32"}  # the format of the files on the hub; the others are bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a recipe, and what is changed in it."""
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    all_weights: bool = False
+    long_rows: bool = False
+
+
+CASES = (
+    Case("smollm2_sql", "smollm2_sql"),
+    Case("smollm2_sql, all weights", "smollm2_sql", all_weights=True),
+    Case("smollm2_sql, checkpointing", "smollm2_sql", ("training.gradient_checkpointing=true",)),
+    Case("smollm2_sql, packing", "smollm2_sql", ("training.packing=true", "training.batch_size=16")),
+    Case("smollm2_sql, nf4", "smollm2_sql", ("model.quantization=nf4",)),
+    Case("smollm2_sql, long rows", "smollm2_sql", ("data.max_length=1024",), long_rows=True),
+    Case("gpt2_text", "gpt2_text"),
+    Case("qwen_chat", "qwen_chat"),
+    Case("llama_chat", "llama_chat"),
+    Case("phi_chat", "phi_chat"),
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Both numbers of one case, with what was left out to fit."""
+
+    case: Case
+    parameters: int
+    predicted: dict[str, Any]
+    measured: int
+    note: str
+
+    @property
+    def error(self) -> float:
+        """Predicted ÷ measured - 1."""
+        return float(self.predicted["total"] / self.measured - 1)
+
+
+def fit_config(config: dict[str, Any], limit: int) -> dict[str, Any]:
+    """Halves the layers until loading fits: float32 weights beside a bfloat16 file, and half as much again for training."""
+    fitted = dict(config)
+    key = LAYERS_KEY.get(config["model_type"], "num_hidden_layers")
+    while (shape := read_shape(fitted)) and shape.parameters * 9 > limit and fitted[key] > 1:
+        fitted[key] //= 2
+    return fitted
+
+
+def build_model(case: Case, config: dict[str, Any], folder: Path) -> None:
+    """Writes a random model with the embedded model's tokenizer."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    values = {name: value for name, value in config.items() if name != "model_type"}
+    dtype = STORED.get(case.recipe, "bfloat16")
+    made = CONFIG_MAPPING[config["model_type"]](**TOKENS, **values)
+    AutoModelForCausalLM.from_config(made, dtype=dtype).save_pretrained(folder)
+    tokenizer = find_model(ModelSection(name=DEFAULT_MODEL), "benchmark", with_weights=True).folder
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if config["model_type"] != "gpt2" or name != "chat_template.jinja":  # GPT-2 has none
+            shutil.copy2(tokenizer / name, folder)
+
+
+def write_long_rows(folder: Path) -> Path:
+    """Joins ten shipped conversations into each row: 300 to 700 tokens."""
+    lines = (ROOT / "data" / "text_to_sql" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line)["messages"] for line in lines]
+    path = folder / "long.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for start in range(0, len(rows), 10):
+            messages = [message for row in rows[start : start + 10] for message in row]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def write_recipe(case: Case, folder: Path) -> Path:
+    """The recipe's file, or a copy without its lora section."""
+    path = ROOT / "recipes" / f"{case.recipe}.yaml"
+    if not case.all_weights:
+        return path
+    kept, inside = [], False
+    for line in path.read_text(encoding="utf-8").splitlines():
+        inside = line.startswith("lora:") or (inside and line.startswith(" "))
+        kept += [] if inside else [line]
+    copy = folder / f"{case.recipe}_all.yaml"
+    copy.write_text("\n".join(kept).replace("2.0e-3", "3.0e-5") + "\n", encoding="utf-8")
+    return copy
+
+
+def measure(case: Case, limit: int) -> Measurement:
+    """Builds the model, trains a few steps in a process of its own, and reads run.json."""
+    with tempfile.TemporaryDirectory(prefix="tunebook-memory-") as name:
+        folder, note = Path(name), ""
+        recipe = write_recipe(case, folder)
+        overrides = [*case.overrides]
+        if config := CONFIGS.get(case.recipe):
+            fitted = fit_config(config, limit)
+            if fitted != config:
+                key = LAYERS_KEY.get(config["model_type"], "num_hidden_layers")
+                note = f"{fitted[key]} of {config[key]} layers"
+            build_model(case, fitted, folder / "model")
+            overrides.append(f"model.name={folder / 'model'}")
+        if case.long_rows:
+            overrides.append(f"data.train={write_long_rows(folder)}")
+        loaded = load_recipe(recipe, overrides)
+        rows = 64 if case.long_rows else 640
+        overrides.append(f"training.epochs={STEPS * loaded.recipe.training.batch_size / rows:.6f}")
+        arguments = [word for override in overrides for word in ("--set", override)]
+        command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe", str(recipe), *arguments]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [*command, "--run", str(folder / "run")],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise SystemExit(f"{case.name}: {done.stderr.strip()[-2000:]}")
+        facts = json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))
+        return Measurement(case, facts["parameters"], facts["predicted_memory"], facts["peak_memory_bytes"], note)
+
+
+def format_row(result: Measurement) -> str:
+    """One line of the table."""
+    cells = [
+        result.case.name,
+        f"{result.parameters / 1e6:,.0f} M" + (f" ({result.note})" if result.note else ""),
+        show_bytes(result.predicted["total"]),
+        show_bytes(result.measured),
+        f"{100 * result.error:+.0f} %",
+        result.predicted["phase"],
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def format_page(results: Sequence[Measurement]) -> str:
+    """The whole result as Markdown."""
+    errors = [abs(result.error) for result in results]
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
+    libc = " ".join(platform.libc_ver())
+    lines = [
+        "# Predicted and measured memory",
+        "",
+        "`python benchmarks/memory.py --write` trains every shipped recipe for three steps and compares the prediction of the",
+        "pre-flight (`utils/memory.py`) with the peak resident memory of the process. All but the embedded model have random",
+        "weights of the real architecture and the embedded model's tokenizer. No run here used a GPU.",
+        "",
+        "| recipe | parameters with adapters | predicted | measured | error | peak while |",
+        "|---|---|---|---|---|---|",
+        *(format_row(result) for result in results),
+        "",
+        f"Mean error {100 * math.fsum(errors) / len(errors):.0f} %, largest {100 * max(errors):.0f} %.",
+        "",
+        f"Machine: {platform.machine()}, {cores} cores, {show_bytes(measure_memory()[0])} of memory, {libc}, "
+        f"Python {platform.python_version()}, {versions}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures the cases and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAME", help="the cases whose name contains this")
+    parser.add_argument(
+        "--limit-gb", type=float, metavar="N", help="memory to stay below (default: half of what is free)"
+    )
+    parser.add_argument("--write", action="store_true", help="write docs/results/memory.md")
+    options = parser.parse_args()
+    limit = int(options.limit_gb * 1e9) if options.limit_gb else measure_memory()[1] // 2
+    results = []
+    for case in CASES:
+        if not options.only or options.only in case.name:
+            results.append(measure(case, limit))
+            print(format_row(results[-1]), flush=True)
+    if options.write and results:
+        RESULT.parent.mkdir(parents=True, exist_ok=True)
+        RESULT.write_text(format_page(results), encoding="utf-8")
+        print(f"Written: {RESULT}")
+
+
+if __name__ == "__main__":
+    main()
