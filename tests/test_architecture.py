@@ -404,3 +404,32 @@ def test_all_files_of_the_house_are_seen_by_these_tests() -> None:
     names = {get_name(path) for path in MODULES}
     assert {"config.structured_config", "utils.training_loop", "utils.backends", "scripts.train"} <= names
     assert BACKENDS
+
+
+# Reached from the token path, but no token depends on them: messages, progress, downloads, and padding after the cache.
+BESIDE_THE_TOKENS = {
+    "utils.backends.embedded_model",
+    "utils.batching",
+    "utils.download_progress",
+    "utils.downloads",
+    "utils.exceptions",
+    "utils.hub",
+    "utils.logging",
+    "utils.model_source",
+    "utils.progress",
+}
+
+
+def test_the_token_caches_key_names_every_module_between_row_and_token() -> None:
+    from utils.prepared_data import CODE
+
+    paths = {get_name(path): path for path in MODULES}
+    reached: set[str] = set()
+    waiting = ["utils.prepared_data"]
+    while waiting:
+        name = waiting.pop()
+        if name in paths and name not in reached:
+            reached.add(name)
+            waiting += [target for node in ast.walk(TREES[paths[name]]) for target in list_targets(node)]
+    in_utils = {name for name in reached if name.startswith("utils.")}
+    assert in_utils - BESIDE_THE_TOKENS == {f"utils.{name.replace('/', '.')}" for name in CODE}
