@@ -10,7 +10,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from config.foreign_names import FOREIGN_NAMES
-from config.structured_config import DataSource, Recipe, RecipeRuleError
+from config.recipe_rules import RecipeRuleError
+from config.structured_config import DataSource, Recipe
 from config.yaml_reader import KeyPath, YamlDocument
 from utils.exceptions import Problem
 

@@ -97,7 +97,7 @@ def estimate_memory(
         stored_bytes: size of the safetensors files (`measure_stored_bytes`); None takes two bytes for each parameter.
     """
     size = MASTER if recipe.lora is None else BYTES[choose_dtype(recipe.model.dtype, machine)]
-    base = count_weight_bytes(recipe, shape, size, machine)
+    base = count_weight_bytes(recipe, shape, size)
     adapters = MASTER * count_adapters(recipe.lora, shape)
     training = measure_training(recipe, shape, machine, workload, size)
     scoring = measure_scoring(shape, workload, size)
@@ -161,13 +161,9 @@ def is_mapped(passes: tuple[ForwardPass, ...], shape: ModelShape) -> bool:
     return any(MASTER * item.supervised * shape.vocabulary > WORKER_HEAP for item in passes)
 
 
-def count_weight_bytes(recipe: Recipe, shape: ModelShape, size: int, machine: Machine) -> int:
-    """Bytes that the base model occupies; only the linear modules of the layers are quantised.
-
-    On a CPU quantising saves nothing at the peak: the matrices are made smaller after they were loaded, and the heap keeps the
-    room of the large ones (measured on the embedded model in nf4).
-    """
-    if recipe.model.quantization == "none" or machine.device == "cpu":
+def count_weight_bytes(recipe: Recipe, shape: ModelShape, size: int) -> int:
+    """Bytes that the base model occupies; only the linear modules of the layers are quantised."""
+    if recipe.model.quantization == "none":
         return size * shape.parameters
     rest = shape.parameters - shape.linear_parameters
     return size * rest + int(QUANTISED_BYTES[recipe.model.quantization] * shape.linear_parameters)

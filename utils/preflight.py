@@ -12,7 +12,8 @@ from typing import Any
 
 from config.model_families import find_family, find_family_by_name
 from config.recipe_io import LoadedRecipe
-from config.structured_config import Recipe, find_cadence_violations
+from config.recipe_rules import find_cadence_violations
+from config.structured_config import Recipe
 from utils.chat_templates import ChatTemplate
 from utils.data_formats import Example
 from utils.exceptions import DataError, Problem, RecipeError, RunError

@@ -14,7 +14,9 @@ from torch import nn
 
 from config.structured_config import GenerationSection, Recipe
 from utils.backends import GenerationSettings, torch_backend
-from utils.backends.torch_backend import TorchModel, TorchTrainStep, compute_token_losses
+from utils.backends.torch_losses import compute_token_losses
+from utils.backends.torch_model import TorchModel
+from utils.backends.torch_step import TorchTrainStep
 from utils.batching import Batch, make_micro_batches, pad_prompts_left, pad_rows
 from utils.exceptions import AdapterError, MachineError, RecipeError, TrainingError
 from utils.model_source import ModelSource

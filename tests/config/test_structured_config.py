@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig
 
 from config.foreign_names import FOREIGN_NAMES
 from config.recipe_errors import iterate_schema_keys
+from config.recipe_rules import RecipeRuleError, RuleViolation
 from config.structured_config import (
     DataSection,
     EvaluationSection,
@@ -19,8 +20,6 @@ from config.structured_config import (
     LoraSection,
     ModelSection,
     Recipe,
-    RecipeRuleError,
-    RuleViolation,
     Section,
     TrackingSection,
     TrainingSection,

@@ -89,8 +89,6 @@ def test_quantisation_makes_the_layers_smaller_and_leaves_the_embedding(name: st
     small = estimate(make_recipe(model={"quantization": name}), CUDA)
     matrices = find_shape().linear_parameters
     assert whole.weights - small.weights == pytest.approx((2 - share) * matrices, rel=1e-6)
-    # On a CPU the heap keeps the room of what was loaded.
-    assert estimate(make_recipe(model={"quantization": name}), CPU).weights == estimate(make_recipe(), CPU).weights
 
 
 def test_checkpointing_and_smaller_micro_batches_save_memory() -> None:

@@ -1,0 +1,71 @@
+"""Which keys of a recipe contradict each other: every rule over more than one key that needs neither rows nor machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from config.structured_config import Recipe, TrainingSection
+
+
+class RuleViolation(NamedTuple):
+    """Two keys that are each fine but cannot stand together."""
+
+    path: tuple[str, ...]
+    message: str
+    fix: str
+
+
+class RecipeRuleError(ValueError):
+    """Carries all broken cross-field rules at once through pydantic's ValidationError."""
+
+    def __init__(self, violations: list[RuleViolation]) -> None:
+        self.violations = violations
+        super().__init__("; ".join(violation.message for violation in violations))
+
+
+def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
+    """Yields every cross-field rule that the recipe breaks."""
+    training, data, generation = recipe.training, recipe.data, recipe.generation
+    if recipe.model.quantization != "none" and recipe.lora is None:
+        message = f"{recipe.model.quantization} weights are frozen, so there is nothing to train without a lora section"
+        yield RuleViolation(("model", "quantization"), message, "add a lora section, or set quantization: none")
+    if training.packing and training.neftune_alpha is not None:
+        message = "NEFTune's noise is scaled by the length of one example, which packing hides"
+        yield RuleViolation(("training", "neftune_alpha"), message, "set packing: false, or remove neftune_alpha")
+    if training.max_steps is not None and "epochs" in training.model_fields_set:
+        message = "epochs and max_steps both say how long to train"
+        yield RuleViolation(("training", "max_steps"), message, "keep one of the two")
+    if isinstance(training.micro_batch_size, int) and training.micro_batch_size > training.batch_size:
+        message = f"micro_batch_size {training.micro_batch_size} is larger than batch_size {training.batch_size}"
+        yield RuleViolation(("training", "micro_batch_size"), message, "set it to batch_size or less, or to auto")
+    if training.max_steps is not None:
+        yield from find_cadence_violations(training, training.max_steps)
+    if data.eval is None and data.eval_fraction == 0 and training.early_stopping_patience is not None:
+        message = "early stopping needs held-out rows, and this recipe holds out none"
+        yield RuleViolation(("training", "early_stopping_patience"), message, "set data.eval or data.eval_fraction")
+    if "early_stopping_threshold" in training.model_fields_set and training.early_stopping_patience is None:
+        message = "early_stopping_threshold does nothing without early_stopping_patience"
+        yield RuleViolation(
+            ("training", "early_stopping_threshold"), message, "set early_stopping_patience, or remove it"
+        )
+    if data.eval is not None and "eval_fraction" in data.model_fields_set:
+        message = "eval_fraction does nothing when data.eval names a file"
+        yield RuleViolation(("data", "eval_fraction"), message, "remove one of the two")
+    if data.strategy == "chat" and data.format == "text":
+        message = "strategy chat needs conversations, and format text has none"
+        yield RuleViolation(("data", "strategy"), message, "set strategy: standard, or convert the rows to messages")
+    if generation.temperature == 0:
+        for key, value in (("top_p", generation.top_p), ("top_k", generation.top_k)):
+            if value is not None:
+                message = f"{key} only acts when sampling, and temperature 0 is greedy"
+                yield RuleViolation(("generation", key), message, f"set temperature above 0, or remove {key}")
+
+
+def find_cadence_violations(training: TrainingSection, total_steps: int) -> Iterator[RuleViolation]:
+    """Yields an evaluation or save cadence that the run would never reach."""
+    for key, every in (("eval_every", training.eval_every), ("save_every", training.save_every)):
+        if isinstance(every, int) and every > total_steps:
+            message = f"{key} {every} lies beyond the run's {total_steps} steps"
+            yield RuleViolation(("training", key), message, f"set it to {total_steps} or less, or to epoch")
