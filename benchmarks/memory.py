@@ -37,6 +37,7 @@ from utils.model_source import DEFAULT_MODEL, find_model  # noqa: E402
 
 RESULT = ROOT / "docs" / "results" / "memory.md"
 STEPS = 3
+EMBEDDED_VOCABULARY = 49_152
 TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 # The sizes of the real models, as their config.json on the hub states them.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -187,9 +188,12 @@ def measure(case: Case, limit: int) -> Measurement:
         overrides = [*case.overrides]
         if config := CONFIGS.get(case.recipe):
             fitted = fit_config(config, limit)
-            if fitted != config:
+            if fitted["vocab_size"] < EMBEDDED_VOCABULARY:  # else the embedded model's ids would lie outside of it
+                fitted["vocab_size"] = EMBEDDED_VOCABULARY
+                note = f"{EMBEDDED_VOCABULARY:,} tokens"
+            if fitted != {**config, "vocab_size": fitted["vocab_size"]}:
                 key = LAYERS_KEY.get(config["model_type"], "num_hidden_layers")
-                note = f"{fitted[key]} of {config[key]} layers"
+                note = ", ".join(filter(None, (note, f"{fitted[key]} of {config[key]} layers")))
             build_model(case, fitted, folder / "model")
             overrides.append(f"model.name={folder / 'model'}")
         if case.long_rows:

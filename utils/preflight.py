@@ -128,6 +128,8 @@ def collect_rule_facts(
         parameters=resources.shape.parameters if resources.shape else None,
         positions=find_positions(source.config),
         learned_positions=has_learned_positions(source.config),
+        vocabulary=resources.shape.vocabulary if resources.shape else None,
+        largest_id=max(data.train.largest_id, evaluation.largest_id),
         held_out_rows=len(evaluation),
         longest_prompt=int((evaluation.lengths - evaluation.supervised).max()) if evaluation else None,
         steps=plan.total_steps,

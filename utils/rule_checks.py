@@ -31,6 +31,8 @@ class Facts:
         parameters: of the model.
         positions: longest sequence that the model was made for, in tokens.
         learned_positions: nothing lies beyond the last position.
+        vocabulary: rows of the model's embedding.
+        largest_id: of all tokens in both sets.
         formats: training rows by format.
         held_out_rows: rows that are never trained on.
         longest_prompt: tokens of the longest held-out prompt.
@@ -47,6 +49,8 @@ class Facts:
     parameters: int | None = None
     positions: int | None = None
     learned_positions: bool = False
+    vocabulary: int | None = None
+    largest_id: int | None = None
     formats: Mapping[str, int] = field(default_factory=dict)
     held_out_rows: int | None = None
     longest_prompt: int | None = None
@@ -119,6 +123,13 @@ def find_answer_beyond_positions(facts: Facts) -> str | None:
     if facts.positions is None or prompt is None or prompt + new <= facts.positions:
         return None
     return f"the longest prompt ({prompt} tokens) and max_new_tokens {new} lie beyond the model's {facts.positions} positions"
+
+
+def find_foreign_tokenizer(facts: Facts) -> str | None:
+    """Token ids that the model has no embedding for."""
+    if facts.vocabulary is None or facts.largest_id is None or facts.largest_id < facts.vocabulary:
+        return None
+    return f"the tokenizer gives the id {facts.largest_id}, and the model has embeddings for {facts.vocabulary} tokens"
 
 
 def find_far_learning_rate(facts: Facts) -> str | None:

@@ -20,6 +20,7 @@ from utils.rule_checks import (
     find_far_learning_rate,
     find_few_held_out,
     find_few_steps,
+    find_foreign_tokenizer,
     find_long_step,
     find_lora_target,
     find_no_chat_template,
@@ -125,6 +126,13 @@ RULES = (
         "data.strategy",
         find_raw_text,
         "set data.strategy: standard, or write the rows as messages with a user and an assistant turn",
+    ),
+    Rule(
+        "error",
+        "foreign-tokenizer",
+        "model.name",
+        find_foreign_tokenizer,
+        "put the tokenizer files that belong to this model beside its weights",
     ),
     Rule(
         "error",

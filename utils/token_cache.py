@@ -93,6 +93,11 @@ class EncodedSet(Sequence[EncodedExample]):
         return self._collect(lambda table: view_column(table.columns["supervised"], "i4"))
 
     @property
+    def largest_id(self) -> int:
+        """Of all tokens in the file; -1 without any."""
+        return max((int(table.input_ids.max(initial=-1)) for table in self.tables), default=-1)
+
+    @property
     def sources(self) -> npt.NDArray[np.int64]:
         """Number of the source that each example came from, shape (examples,)."""
         return self._collect(lambda table: view_column(table.columns["source"], "i4"))

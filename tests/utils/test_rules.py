@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ import pytest
 from config.model_families import FAMILIES, find_family
 from config.recipe_io import iterate_schema_keys, load_recipe
 from config.structured_config import Recipe
+from utils.exceptions import RecipeError
+from utils.model_source import ModelSource
+from utils.preflight import check_recipe
 from utils.rules import RANGES, RULES, Facts, find_problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +96,7 @@ BROKEN: list[tuple[str, str, str, Facts]] = [
         "data.max_length",
         Facts(make_recipe(data={"max_length": 1025}), positions=1024, learned_positions=True),
     ),
+    ("error", "foreign-tokenizer", "model.name", Facts(make_recipe(), vocabulary=32_064, largest_id=32_064)),
     ("warning", "beyond-positions", "data.max_length", Facts(make_recipe(), positions=1023)),
     (
         "error",
@@ -202,3 +208,17 @@ def test_full_fine_tuning_has_its_own_learning_rate() -> None:
 
 def test_max_steps_make_epochs_meaningless() -> None:
     assert list_codes(Facts(make_recipe(training={"max_steps": 300}))) == []
+
+
+def test_a_tokenizer_that_gives_more_ids_than_the_model_has_embeddings_is_refused(
+    embedded: ModelSource, tmp_path: Path
+) -> None:
+    # Seen with a Phi-3 model of 32,064 rows and a tokenizer of 49,152 tokens: an IndexError from inside the first forward pass.
+    folder = tmp_path / "model"
+    shutil.copytree(embedded.folder, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 1000}), encoding="utf-8")
+    loaded = load_recipe(ROOT / "recipes" / "smollm2_sql.yaml", [f"model.name={folder}"])
+    with pytest.raises(RecipeError, match="embeddings for 1000 tokens") as caught:
+        check_recipe(loaded)
+    assert caught.value.problems[0].code == "foreign-tokenizer"
