@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -106,7 +105,7 @@ def format_page(command: str, recipe: Path, outcomes: Sequence[Outcome], picture
     best = min(scored, key=lambda outcome: outcome.facts["eval_loss"]).rate if scored else math.nan
     facts = outcomes[0].facts
     brackets = " Brackets: 95 % interval of the difference to the untouched model, added to its value." if names else ""
-    machine = f"{facts['device_name']}, {facts['dtype']}, Python {platform.python_version()}, torch {facts['versions']['torch']}"
+    machine = f"{facts['device_name']}, {facts['dtype']}, torch {facts['versions']['torch']}"
     lines = [
         f"# Learning rate of `{recipe.name}`",
         "",
