@@ -17,7 +17,7 @@ setup-dev: .venv/.installed-dev  ## the same with what tests need
 demo: setup  ## baseline, training, evaluation and report of the text-to-SQL task
 	@$(PY) scripts/baseline_inference.py --recipe recipes/smollm2_sql.yaml && $(PY) scripts/train.py --recipe recipes/smollm2_sql.yaml && $(PY) scripts/evaluate_run.py
 test: setup-dev  ## all tests
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 lint: setup-dev  ## style, types and architecture
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m pytest tests/test_architecture.py
 train: setup  ## train RECIPE
