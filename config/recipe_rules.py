@@ -53,6 +53,9 @@ def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     if data.eval is not None and "eval_fraction" in data.model_fields_set:
         message = "eval_fraction does nothing when data.eval names a file"
         yield RuleViolation(("data", "eval_fraction"), message, "remove one of the two")
+    if data.overlong == "truncate" and data.loss_on == "all":
+        message = "overlong: truncate cuts text that is not learned, and loss_on: all learns everything"
+        yield RuleViolation(("data", "overlong"), message, "set overlong: drop or error, or loss_on: assistant")
     if data.strategy == "chat" and data.format == "text":
         message = "strategy chat needs conversations, and format text has none"
         yield RuleViolation(("data", "strategy"), message, "set strategy: standard, or convert the rows to messages")

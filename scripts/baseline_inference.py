@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name in BINARY:
             scores = score_answers(name, examples, answers)
             print(f"{TITLES[name]}: {format_value(name, sum(scores) / len(scores))}")
-    print(f"Next: python scripts/train.py --recipe {options.recipe}")
+    print(f"Next: {cli.show_train_command(options)}")
     return 0
 
 

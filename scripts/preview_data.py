@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     picture = options.picture or OUTPUTS / "previews" / f"{loaded.name}.png"
     preview.plot_statistics(preflight, loaded.recipe.data.max_length, picture)
     print(f"\nPicture: {picture}")
-    print(f"Next: python scripts/train.py --recipe {options.recipe}")
+    print(f"Next: {cli.show_train_command(options)}")
     return 0
 
 

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_first_example(preflight)
     for name, value in facts.items():
         print(f"{name.replace('_', ' ')}: {value}")
-    print(f"\nThe recipe is valid. Next: python scripts/train.py --recipe {options.recipe}")
+    print(f"\nThe recipe is valid. Next: {cli.show_train_command(options)}")
     return 0
 
 

@@ -216,3 +216,21 @@ def test_bad_arguments_have_the_documented_exit_code_and_leave_nothing(
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_carriage_return_in_a_cell_is_read_back(tmp_path: Path) -> None:
+    # Python's writer left it unquoted, and its reader then refused the file.
+    source = write(tmp_path / "a.jsonl", [{"question": "one\rtwo", "answer": "b"}] * 2)
+    order = Order((source,), tmp_path / "out.csv")
+    prepare_rows(order)
+    assert [row.fields["question"] for row in load_rows(str(order.target))] == ["one\rtwo"] * 2
+
+
+@pytest.mark.parametrize("value", ["NaN", '"\\ud800"'])
+def test_a_value_that_json_cannot_hold_is_refused_with_its_line(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"question": "a", "answer": "b", "note": {value}}}\n', encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        prepare_rows(Order((str(path),), tmp_path / "out.jsonl"))
+    assert caught.value.problems[0].where == f"{path}:1"
+    assert not (tmp_path / "out.jsonl").exists()

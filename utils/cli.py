@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -33,6 +34,14 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def add_override_argument(parser: argparse.ArgumentParser, text: str) -> None:
     """Adds `--set`."""
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=text)
+
+
+def show_train_command(options: argparse.Namespace) -> str:
+    """The command that trains what was just looked at, overrides included, ready to be copied."""
+    words = ["python", "scripts/train.py", "--recipe", str(options.recipe)]
+    for override in options.overrides:
+        words += ["--set", override]
+    return shlex.join(words)
 
 
 def add_run_argument(parser: argparse._ActionsContainer) -> None:

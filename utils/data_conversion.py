@@ -102,7 +102,8 @@ def take_single_turn(example: Example, to: FormatName) -> tuple[dict[str, Any], 
 def write_alpaca(example: Example) -> dict[str, Any]:
     """Gives `{"instruction": "…", "input": "…", "output": "…", "system": "…"}`."""
     system, user, answer = take_single_turn(example, "alpaca")
-    return {"instruction": user["content"], "output": answer, **system}
+    given = {"input": user["input"]} if "input" in user else {}
+    return {"instruction": user.get("instruction", user["content"]), **given, "output": answer, **system}
 
 
 def write_prompt_completion(example: Example) -> dict[str, Any]:

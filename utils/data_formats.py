@@ -38,6 +38,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("query", "problem"), "question"),
     "conversation": "conversations",
     "response": "output",
+    "context": "input",
     "solution": "answer",
     "target": "completion",
     **dict.fromkeys(("content", "document"), "text"),
@@ -296,7 +297,8 @@ def make_format_error(row: Row) -> DataError:
     shapes = "; ".join(f"{name}: {' + '.join(keys)}" for name, (keys, _) in READERS.items())
     renamed = {OTHER_NAMES.get(name, name) for name in row.fields}
     guesses = [keys for keys, _ in READERS.values() if renamed.issuperset(keys)]
-    pairs = [f"{old}: {new}" for old, new in OTHER_NAMES.items() if guesses and old in row.fields and new in guesses[0]]
+    wanted = {*guesses[0], *(("input",) if "instruction" in guesses[0] else ())} if guesses else set()
+    pairs = [f"{old}: {new}" for old, new in OTHER_NAMES.items() if old in row.fields and new in wanted]
     example = f"data.columns: {{{', '.join(pairs)}}}, or " if pairs else ""
     fix = f"{example}rename with data.columns to one of {shapes}"
     message = f"no known format has the columns {', '.join(row.fields) or '(none)'}"

@@ -30,12 +30,11 @@ class Row(NamedTuple):
     where: str
 
 
-def load_rows(paths: str | Sequence[str], columns: Mapping[str, str] | None = None) -> list[Row]:
+def load_rows(paths: str | Sequence[str]) -> list[Row]:
     """Reads every row of one or several data files into memory, in order.
 
     Args:
         paths: file, or list of files.
-        columns: old name → new name.
 
     Raises:
         DataError: a file is missing, unreadable or empty, or holds bad rows; all of them are counted.
@@ -43,8 +42,7 @@ def load_rows(paths: str | Sequence[str], columns: Mapping[str, str] | None = No
     rows: list[Row] = []
     problems: list[Problem] = []
     for path in [paths] if isinstance(paths, str) else paths:
-        for found in iterate_file(Path(path)):
-            row = rename_row(found, columns) if columns and isinstance(found, Row) else found
+        for row in iterate_file(Path(path)):
             if isinstance(row, Row):
                 rows.append(row)
             else:
@@ -95,8 +93,11 @@ def check_file(path: Path) -> str:
     """
     if not path.exists():
         raise DataError("no such data file", where=str(path), fix=suggest_path(path), code="no-file")
-    if not path.is_file():
+    if path.is_dir():
         raise DataError("is a folder, not a file", where=str(path), fix=suggest_files(path), code="no-file")
+    if not path.is_file():
+        fix = "write the rows into a file first: they are read more than once"
+        raise DataError("is a pipe or a device, not a file", where=str(path), fix=fix, code="no-file")
     kind = find_kind(path)
     if kind is None:
         fix = f"convert it to JSONL; read here: {', '.join(SUFFIXES)}, and .gz of all but .parquet"
@@ -220,11 +221,8 @@ def make_row(value: Any, where: str) -> Row | Problem:
 
 
 def rename_row(row: Row, columns: Mapping[str, str]) -> Row | Problem:
-    """Applies `data.columns` to a row; a name that the row lacks is a problem, for it is a typo more often than not."""
+    """Applies `data.columns` to a row, which may lack a name as an empty cell is absent (`find_unknown_columns`)."""
     names = [columns.get(name, name) for name in row.fields]
-    if missing := [name for name in columns if name not in row.fields]:
-        fix = f"columns here: {', '.join(row.fields)}"
-        return Problem("missing-column", f"data.columns names {missing[0]!r}, which this row lacks", row.where, fix)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         fix = f"columns here: {', '.join(row.fields)}"

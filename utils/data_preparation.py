@@ -6,6 +6,7 @@ written. The second writes. So a file larger than memory can be prepared, and a 
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from config.structured_config import FormatName
 from utils.data_conversion import COLUMNS, convert_example
 from utils.data_formats import Example, read_example
 from utils.data_loading import find_kind
-from utils.data_sources import RowSource, find_sources, iterate_rows
+from utils.data_sources import RowSource, find_sources, find_unknown_columns, iterate_rows
 from utils.exceptions import DataError, Problem
 from utils.fingerprints import FINGERPRINT_BYTES, fingerprint_example
 from utils.progress import Progress
@@ -123,10 +124,12 @@ def prepare_rows(order: Order) -> Prepared:
     return prepared
 
 
-def iterate_read(order: Order, sources: Sequence[RowSource], problems: ProblemLog) -> Iterator[Example]:
-    """Yields the examples of sources; what is wrong goes into the log."""
+def iterate_read(
+    order: Order, sources: Sequence[RowSource], problems: ProblemLog, unseen: set[str] | None = None
+) -> Iterator[Example]:
+    """Yields the examples of sources; what is wrong goes into the log, and columns that are seen out of `unseen`."""
     for source in sources:
-        for row in iterate_rows(source, order.columns):
+        for row in iterate_rows(source, order.columns, unseen):
             if isinstance(row, Problem):
                 problems.add(row)
                 continue
@@ -141,14 +144,15 @@ def iterate_prepared(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (index, row to write) for each row that can be written; counts into `prepared`."""
     is_table = find_kind(order.target) in TABLES
-    for index, example in enumerate(iterate_read(order, sources, problems)):
+    unseen = set(order.columns)
+    for index, example in enumerate(iterate_read(order, sources, problems, unseen)):
         prepared.read[example.format] += 1
         prepared.fingerprints += fingerprint_example(example)[1]
         try:
             row = convert_example(example, order.to) if order.to else example.fields
             if is_table:
                 check_cells(row, example.where)
-            encode_json(row)
+            encode_json(row).encode()
         except DataError as error:
             problems.add(error.problems[0])
         except (TypeError, ValueError) as error:
@@ -156,6 +160,8 @@ def iterate_prepared(
         else:
             prepared.left_out.update(example.fields.keys() - row.keys() - COLUMNS[example.format])
             yield index, row
+    for unknown in find_unknown_columns(unseen, sources):
+        problems.add(unknown, first=True)
 
 
 def check_cells(row: Mapping[str, Any], where: str) -> None:
@@ -211,5 +217,6 @@ def format_prepared(order: Order, prepared: Prepared) -> Iterator[str]:
     yield from (f"{name:<{width}}  {count:>9,}" for name, count in lines)
     for name, count in prepared.left_out.most_common():
         yield f"The column {name} of {count} rows was left out: another format reads it."
-    files = f"--set data.train={order.target}" + (f" --set data.eval={order.eval_target}" if order.split else "")
-    yield f"\nNext: python scripts/preview_data.py --recipe recipes/smollm2_sql.yaml {files}"
+    files = [f"data.train={order.target}", *([f"data.eval={order.eval_target}"] if order.split else [])]
+    words = shlex.join([word for file in files for word in ("--set", file)])
+    yield f"\nNext: python scripts/preview_data.py --recipe YOUR_RECIPE.yaml {words}"

@@ -6,7 +6,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from config.structured_config import DataSource
 from utils.data_loading import Row, check_file, find_kind, iterate_file, rename_row
 from utils.exceptions import DataError, Problem
+from utils.messages import is_encodable
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CHUNK = 1 << 20
@@ -63,7 +64,7 @@ def find_sources(asked: str | DataSource | Sequence[str | DataSource], where: st
 def resolve_item(item: DataSource, where: str) -> list[RowSource]:
     """The sources that one entry names."""
     path = Path(item.source)
-    if not path.exists():
+    if not find_out(path.exists, where):
         if glob.has_magic(item.source):
             return expand_glob(item, where)
         if is_hub_id(item.source):
@@ -75,9 +76,21 @@ def resolve_item(item: DataSource, where: str) -> list[RowSource]:
     return [RowSource(item.source, item.weight, path)]
 
 
+def find_out(question: Callable[[], bool], where: str) -> bool:
+    """Asks the file system; a name that it cannot even look up is the user's problem, not a crash."""
+    try:
+        return question()
+    except (OSError, ValueError) as error:
+        text = f"a name in the recipe cannot be looked up: {error.strerror if isinstance(error, OSError) else error}"
+        raise DataError(text, where=where, fix="name a file, a glob or a hub dataset id", code="no-file") from error
+
+
 def expand_glob(item: DataSource, where: str) -> list[RowSource]:
     """The files that a pattern matches, sorted by name, so that every machine reads them in the same order."""
     found = sorted(name for name in glob.glob(item.source, recursive=True) if Path(name).is_file())
+    if odd := [name for name in found if not is_encodable(name)]:
+        text = f"a file's name is not UTF-8: {odd[0].encode(errors='replace').decode()}"
+        raise DataError(text, where=where, fix="rename it", code="no-file")
     readable = [name for name in found if find_kind(Path(name))]
     if not readable:
         text = f"no data file matches {item.source}"
@@ -105,8 +118,14 @@ def find_repeated(sources: Sequence[RowSource], where: str) -> Iterator[Problem]
         seen.add(key)
 
 
-def iterate_rows(source: RowSource, columns: Mapping[str, str]) -> Iterator[Row | Problem]:
+def iterate_rows(
+    source: RowSource, columns: Mapping[str, str], unseen: set[str] | None = None
+) -> Iterator[Row | Problem]:
     """Yields the rows of a source in order, columns renamed; a bad row is yielded as a problem.
+
+    Args:
+        columns: old name → new name; a row may lack one, as an empty cell is absent.
+        unseen: old names; those that some row has are taken out of it.
 
     Raises:
         DataError: the source cannot be read, or holds no rows.
@@ -116,7 +135,19 @@ def iterate_rows(source: RowSource, columns: Mapping[str, str]) -> Iterator[Row 
         yield from found
         return
     for row in found:
-        yield rename_row(row, columns) if isinstance(row, Row) else row
+        if isinstance(row, Problem):
+            yield row
+            continue
+        if unseen:
+            unseen.difference_update(row.fields)
+        yield rename_row(row, columns)
+
+
+def find_unknown_columns(unseen: set[str], sources: Sequence[RowSource]) -> Iterator[Problem]:
+    """Yields names of `data.columns` that no row has: typos more often than not."""
+    for name in sorted(unseen):
+        fix = "write the name as the rows have it, or remove it"
+        yield Problem("missing-column", f"data.columns names {name!r}, which no row has", sources[0].name, fix)
 
 
 def iterate_hub(source: RowSource) -> Iterator[Row | Problem]:
@@ -124,10 +155,27 @@ def iterate_hub(source: RowSource) -> Iterator[Row | Problem]:
     from utils.table_files import make_table_row
 
     number = 0
-    for number, fields in enumerate(open_hub(source), start=1):
+    rows = iter(open_hub(source))
+    while (fields := read_next(source, rows)) is not None:
+        number += 1
         yield make_table_row(fields, f"{source.name}:{number}")
     if not number:
         raise DataError("holds no rows", where=source.name, fix="choose another split", code="no-rows")
+
+
+def read_next(source: RowSource, rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+    """The next row of a hub dataset, or None at its end.
+
+    Raises:
+        DataError: a stream broke off.
+    """
+    import httpx2
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return next(rows, None)
+    except (OSError, ValueError, RuntimeError, KeyError, DatasetsError, httpx2.HTTPError) as error:
+        raise explain_hub_error(source, error) from error
 
 
 def open_hub(source: RowSource) -> Any:

@@ -104,13 +104,13 @@ class TurnFinder:
     def split_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[Segment]:
         """The prompt that inference sends, cut where an earlier answer begins or ends."""
         prompt = self.render(messages, tools, prompt=True)
-        check_context(prompt, messages)
+        check_context(prompt, messages, tools)
         return split_context(prompt, self.find_turns(messages, tools, strict=False))
 
     def split_last(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[Segment]:
         """A conversation whose last turn alone must be learnable, as context and that turn."""
         last = self.find_turn(messages, len(messages) - 1, tools)
-        check_context(last.prompt, messages[:-1])
+        check_context(last.prompt, messages[:-1], tools)
         earlier = self.find_turns(messages[:-1], tools, strict=False)
         return [*split_context(last.prompt, earlier), (last.answer, last.index)]
 
@@ -122,7 +122,7 @@ class TurnFinder:
             with the last turn comes last.
         """
         turns = self.find_turns(messages, tools, strict=True)
-        check_context(turns[-1].prompt, messages[:-1])
+        check_context(turns[-1].prompt, messages[:-1], tools)
         missing = {turn.index for turn in turns}
         sequences: list[list[Segment]] = []
         for position in range(len(turns) - 1, -1, -1):

@@ -2,7 +2,7 @@
 
 Rows come in many spellings. What leaves this module has one: `{"role", "content"}`, an assistant perhaps with
 `reasoning_content` and `tool_calls`, a tool perhaps with `name` and `tool_call_id`. Nothing that a row says is left out in
-silence: what cannot be read is refused.
+silence: text, images and calls that cannot be read are refused; ids, dates and other notes of a message are not looked at.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ FOLLOWERS = {
 }
 # Keys with which other tools choose single messages to learn. They would be ignored here, so they are refused.
 MASK_KEYS = frozenset(("train", "weight", "loss", "mask", "loss_mask"))
+# What a message says besides its text; a model that reads text alone would answer without it.
+UNREAD_KEYS = frozenset(("images", "image", "audio", "audios", "video", "videos", "files", "attachments", "refusal"))
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -123,6 +125,9 @@ def check_message(message: Any, index: int, where: str) -> Message:
         fix = "remove it; data.loss_on says what is learned"
         text = f"{name} has {unread[0]!r}, which would be ignored"
         raise DataError(text, where=where, fix=fix, code="mask-key")
+    if unread := sorted(key for key in UNREAD_KEYS.intersection(message) if message[key]):
+        text = f"{name} has {unread[0]!r}, and only text is read here"
+        raise DataError(text, where=where, fix="put it into the text, or remove the row", code="not-text")
     if role == "assistant":
         return check_assistant(message, name, where)
     if extra := [key for key in (*REASONING_KEYS, "tool_calls", "function_call") if message.get(key)]:
@@ -154,7 +159,7 @@ def check_role(role: Any, name: str, where: str) -> str:
     fix = f"roles are {', '.join(ROLES)}"
     if isinstance(role, str) and role in SHAREGPT_ROLES:
         fix += '; ShareGPT roles belong into a column conversations: [{"from": "human", "value": "…"}, …]'
-    raise DataError(f"{name} has the unknown role {role!r}", where=where, fix=fix, code="unknown-role")
+    raise DataError(f"{name} has the unknown role {str(role)[:60]!r}", where=where, fix=fix, code="unknown-role")
 
 
 def check_assistant(message: dict[str, Any], name: str, where: str) -> Message:

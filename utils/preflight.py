@@ -133,6 +133,7 @@ def collect_rule_facts(
         held_out_rows=len(evaluation),
         longest_prompt=int((evaluation.lengths - evaluation.supervised).max()) if evaluation else None,
         steps=plan.total_steps,
+        tokens_per_step=float(data.train.lengths.mean()) * min(loaded.recipe.training.batch_size, len(data.train)),
         device=machine.device,
         cores=machine.cores,
     )

@@ -84,7 +84,9 @@ def prepare_data(loaded: LoadedRecipe, scan: RowScan, tokenizer: TokenizerUtils)
     report_counts(loaded, counts)
     train = read_tokens(folder / TRAIN)
     weights = [source.weight for source in find_sources(loaded.recipe.data.train, loaded.find_origin("data.train"))]
-    train = EncodedSet(train.tables, mix(train.sources, weights, loaded.recipe.seed))
+    order = mix(train.sources, weights, loaded.recipe.seed)
+    refuse_lost_sources(loaded, weights, train.sources, order)
+    train = EncodedSet(train.tables, order)
     return PreparedData(train, read_tokens(folder / EVALUATION), counts, key)
 
 
@@ -161,6 +163,22 @@ def mix(sources: npt.NDArray[np.int64], weights: Sequence[float], seed: int) -> 
         rest = np.random.default_rng([seed, number]).permutation(own)[: round((weight - whole) * len(own))]
         chosen += [np.repeat(own, whole), rest]
     return np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *chosen]))
+
+
+def refuse_lost_sources(
+    loaded: LoadedRecipe, weights: Sequence[float], sources: npt.NDArray[np.int64], order: npt.NDArray[np.int64]
+) -> None:
+    """Refuses a mixture in which the weight of a source leaves none of its rows.
+
+    Raises:
+        DataError: naming the first such source.
+    """
+    kept = set(sources[order].tolist())
+    for number in sorted(set(sources.tolist()) - kept):
+        rows = int((sources == number).sum())
+        message = f"weight {weights[number]:g} leaves none of the {rows} rows of source {number + 1}"
+        fix = f"raise it to {1 / rows:.2g} or more, or remove the source"
+        raise DataError(message, where=loaded.find_origin("data.train"), fix=fix, code="no-rows")
 
 
 def make_key(loaded: LoadedRecipe, tokenizer: TokenizerUtils) -> str:

@@ -66,7 +66,8 @@ def collect_statistics(preflight: Preflight) -> dict[str, Any]:
     """The training set in numbers; lengths are in tokens."""
     data, scan = preflight.data, preflight.scan
     lengths, supervised = data.train.lengths, data.train.supervised
-    counts, edges = np.histogram(lengths, bins=min(BARS, int(lengths.max() - lengths.min()) + 1))
+    span = int(lengths.min()), int(lengths.max()) + 1
+    counts, edges = np.histogram(lengths, bins=min(BARS, span[1] - span[0]), range=span)
     bounds = np.ceil(edges).astype(int).tolist()
     return {
         "rows": scan.train_rows - len(scan.held_out),
@@ -88,7 +89,7 @@ def collect_statistics(preflight: Preflight) -> dict[str, Any]:
         "supervised_share": round(float(supervised.sum() / lengths.sum()), 4),
         "histogram": [
             {"from": start, "below": end, "examples": count}
-            for start, end, count in zip(bounds, [*bounds[1:-1], bounds[-1] + 1], counts.tolist(), strict=False)
+            for start, end, count in zip(bounds, bounds[1:], counts.tolist(), strict=False)
         ],
     }
 

@@ -1,10 +1,11 @@
 """The first pass over the rows of a run: every row checked, copies and leaks found, in a fixed memory per row.
 
-Of each row only fingerprints and its line stay in memory: 12 bytes, 20 where `data.eval` names rows of its own.
+Of each row only two fingerprints and its line stay in memory: 20 bytes.
 """
 
 from __future__ import annotations
 
+import shlex
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +15,17 @@ from typing import Any
 from config.structured_config import DataSection
 from utils.data_formats import Example, read_example
 from utils.data_loading import SHOWN_PROBLEMS
-from utils.data_sources import RowSource, find_sources, iterate_rows
+from utils.data_sources import RowSource, find_sources, find_unknown_columns, iterate_rows
 from utils.exceptions import DataError, Problem
 from utils.fingerprints import fingerprint_example
 from utils.row_groups import RowGroups, choose_held_out, find_groups, find_shared
 
 FEW_ROWS = 10
 FEW_SHARED_PROMPTS = 5
+LARGEST_GROUP = 0.05  # share of the rows that one prompt may have where rows are held out by prompt
 SHARED_PROMPTS = 0.1  # share of the held-out rows above which shared prompts are worth a warning
 SHOWN_PAIRS = 3
+MOST_NAMED = 8
 
 
 class ProblemLog:
@@ -32,10 +35,12 @@ class ProblemLog:
         self.first: list[Problem] = []
         self.count = 0
 
-    def add(self, problem: Problem) -> None:
-        """Counts one more."""
+    def add(self, problem: Problem, *, first: bool = False) -> None:
+        """Counts one more; with `first` it explains the others and is shown before them."""
         self.count += 1
-        if len(self.first) < SHOWN_PROBLEMS:
+        if first:
+            self.first = [problem, *self.first][:SHOWN_PROBLEMS]
+        elif len(self.first) < SHOWN_PROBLEMS:
             self.first.append(problem)
 
     def raise_if_any(self) -> None:
@@ -79,7 +84,7 @@ class ScannedSet:
 
     Attributes:
         fingerprints: 8 bytes a row, of the whole conversation.
-        prompts: 8 bytes a row, of the conversation without its answer; empty unless asked for.
+        prompts: 8 bytes a row, of the conversation without its answer.
         lines: 4 bytes a row.
         starts: index of each source's first row.
     """
@@ -110,15 +115,19 @@ def scan_rows(data: DataSection, seed: int, find_origin: Callable[[str], str]) -
     """
     log = ProblemLog()
     train_sources, evaluation_sources = find_both_sources(data, find_origin)
-    train = scan_set(train_sources, data, log, with_prompts=data.eval is not None)
-    evaluation = scan_set(evaluation_sources, data, log, with_prompts=True)
+    unseen = set(data.columns)
+    train = scan_set(train_sources, data, log, unseen)
+    evaluation = scan_set(evaluation_sources, data, log, unseen)
+    for problem in find_unknown_columns(unseen, train_sources):
+        log.add(problem, first=True)
     log.raise_if_any()
     groups = find_groups(train.fingerprints)
     warnings = list(warn_duplicates(train, groups, find_origin("data.train")))
     held_out: frozenset[int] = frozenset()
     rows = len(train.lines)
     if data.eval is None:
-        held_out = choose_held_out(groups, data.eval_fraction, seed)
+        held_out = choose_held_out(find_split_groups(train, groups), data.eval_fraction, seed)
+        warnings += warn_split_prompts(train, held_out, find_origin("data.eval_fraction"))
     else:
         check_leakage(train, evaluation, find_origin("data.eval"))
         warnings += warn_shared_prompts(train, evaluation, find_origin("data.eval"))
@@ -173,19 +182,19 @@ def find_same_sources(train: Sequence[RowSource], evaluation: Sequence[RowSource
             yield Problem("leakage", text, where, fix)
 
 
-def scan_set(sources: Sequence[RowSource], data: DataSection, log: ProblemLog, *, with_prompts: bool) -> ScannedSet:
-    """Reads and checks the rows of a set; keeps what later checks need."""
+def scan_set(sources: Sequence[RowSource], data: DataSection, log: ProblemLog, unseen: set[str]) -> ScannedSet:
+    """Reads and checks the rows of a set; keeps what later checks need, and takes the columns it sees out of `unseen`."""
     scanned = ScannedSet(sources)
     columns, format_name = data.columns, data.format
     for source in sources:
         scanned.starts.append(len(scanned.lines))
         try:
-            for row in iterate_rows(source, columns):
+            for row in iterate_rows(source, columns, unseen):
                 if isinstance(row, Problem):
                     log.add(row)
                     continue
                 try:
-                    add_example(scanned, read_example(row, format_name), with_prompts)
+                    add_example(scanned, read_example(row, format_name))
                 except DataError as error:
                     log.add(error.problems[0])
         except DataError as error:
@@ -194,9 +203,9 @@ def scan_set(sources: Sequence[RowSource], data: DataSection, log: ProblemLog, *
     return scanned
 
 
-def add_example(scanned: ScannedSet, example: Example, with_prompts: bool) -> None:
+def add_example(scanned: ScannedSet, example: Example) -> None:
     """Keeps the fingerprint and line of one row, and counts its format."""
-    prompt, whole = fingerprint_example(example, with_prompt=with_prompts)
+    prompt, whole = fingerprint_example(example, with_prompt=True)
     scanned.fingerprints += whole
     scanned.prompts += prompt
     scanned.lines.append(int(example.where.rpartition(":")[2]))
@@ -216,9 +225,35 @@ def warn_duplicates(train: ScannedSet, groups: RowGroups, where: str) -> Iterato
         f"{train.find_place(copy)} repeats {train.find_place(first)}" for copy, first in groups.list_pairs(SHOWN_PAIRS)
     )
     text = f"{groups.copies} of {groups.rows} rows ({groups.copies / groups.rows:.1%}) repeat earlier ones: {pairs}"
-    names = " ".join(dict.fromkeys(source.name for source in train.sources[:3]))
-    fix = f"python scripts/prepare_data.py --in {names} --deduplicate --out unique.jsonl"
+    fix = show_preparation(train.sources, "--deduplicate --out unique.jsonl", "remove the copies")
     yield Problem("duplicate-rows", text, where, fix, "warning")
+
+
+def find_split_groups(train: ScannedSet, copies: RowGroups) -> RowGroups:
+    """Rows that fall on the same side when some are held out: those with the same prompt, as one question with many answers.
+
+    Where few prompts stand over most rows, a split by prompt would be far from the share that was asked for: then only
+    copies stay together.
+    """
+    prompts = find_groups(train.prompts)
+    if not prompts.rows or prompts.measure_largest() > max(1, prompts.rows * LARGEST_GROUP):
+        return copies
+    return prompts
+
+
+def warn_split_prompts(train: ScannedSet, held_out: frozenset[int], where: str) -> Iterator[Problem]:
+    """Yields a warning when many prompts of the split lie on both sides."""
+    import numpy as np
+
+    is_held_out = np.zeros(len(train.lines), dtype=np.bool_)
+    is_held_out[list(held_out)] = True
+    prompts = np.frombuffer(train.prompts, dtype="<u8")
+    shared = find_shared(bytearray(prompts[is_held_out].tobytes()), bytearray(prompts[~is_held_out].tobytes()))
+    if shared.count < FEW_SHARED_PROMPTS or shared.count <= len(held_out) * SHARED_PROMPTS:
+        return
+    text = f"{shared.count} of {len(held_out)} held-out rows have a prompt that is also trained on, with other answers"
+    fix = "name held-out rows with other prompts in data.eval, if the model should be tested on new ones"
+    yield Problem("prompt-leakage", text, where, fix, "warning")
 
 
 def check_leakage(train: ScannedSet, evaluation: ScannedSet, where: str) -> None:
@@ -234,11 +269,20 @@ def check_leakage(train: ScannedSet, evaluation: ScannedSet, where: str) -> None
         f"{evaluation.find_place(index)} is {train.find_place(first)}"
         for index, first in shared.list_pairs(SHOWN_PAIRS)
     )
-    names = " ".join(dict.fromkeys(source.name for source in train.sources[:3]))
-    others = " ".join(dict.fromkeys(source.name for source in evaluation.sources[:3]))
     text = f"{shared.count} of {len(evaluation.lines)} rows of data.eval also stand in data.train: {pairs}"
-    fix = f"python scripts/prepare_data.py --in {names} --against {others} --out unseen.jsonl"
+    others = shlex.join([source.name for source in evaluation.sources])
+    fix = "take these rows out of one of the two"
+    if all(source.path for source in evaluation.sources):
+        fix = show_preparation(train.sources, f"--against {others} --out unseen.jsonl", fix)
     raise DataError(text, where=where, fix=fix, code="leakage")
+
+
+def show_preparation(sources: Sequence[RowSource], rest: str, otherwise: str) -> str:
+    """A command that writes better rows; words where one command would lose weights, or where rows come from a hub."""
+    if any(source.path is None or source.weight != 1 for source in sources) or len(sources) > MOST_NAMED:
+        return otherwise
+    names = shlex.join([source.name for source in sources])
+    return f"python scripts/prepare_data.py --in {names} {rest}"
 
 
 def warn_shared_prompts(train: ScannedSet, evaluation: ScannedSet, where: str) -> Iterator[Problem]:

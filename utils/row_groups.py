@@ -33,6 +33,12 @@ class RowGroups:
         """All rows."""
         return len(self.fingerprints)
 
+    def measure_largest(self) -> int:
+        """Rows of the largest group."""
+        import numpy as np
+
+        return int(np.unique(self.fingerprints, return_counts=True)[1].max()) if self.copies else min(1, self.rows)
+
     def find_firsts(self) -> Any:
         """Indices of the rows that repeat no earlier one, ascending."""
         import numpy as np

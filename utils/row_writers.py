@@ -50,7 +50,7 @@ def encode_cell(value: Any) -> str:
 
 def encode_json(value: Any) -> str:
     """JSON in one line, with characters rather than escapes."""
-    return json.dumps(value, ensure_ascii=False, default=encode_date)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=encode_date)
 
 
 def encode_date(value: Any) -> str:
@@ -97,7 +97,7 @@ class RowWriter:
             else:
                 self.text = open_text(self.temporary, is_gzip=self.target.suffix.lower() == ".gz")
                 if self.kind == ".csv":
-                    csv.writer(self.text, lineterminator="\n").writerow(self.columns)
+                    csv.writer(self.text, lineterminator="\r\n").writerow(self.columns)
         except OSError as error:
             raise RunError(f"cannot be written: {error.strerror}", where=str(self.target)) from error
         return self
@@ -111,7 +111,7 @@ class RowWriter:
                 self._flush()
         elif self.kind == ".csv":
             cells = ["" if fields.get(name) is None else encode_cell(fields[name]) for name in self.columns]
-            csv.writer(self.text, lineterminator="\n").writerow(cells)
+            csv.writer(self.text, lineterminator="\r\n").writerow(cells)
         elif self.kind == ".json":
             self.text.write(("[\n" if self.rows == 1 else ",\n") + encode_json(fields))
         else:

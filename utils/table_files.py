@@ -63,10 +63,15 @@ def check_header(cells: list[str], where: str) -> list[str]:
     if len(cells) == 1 and (";" in cells[0] or "\t" in cells[0]):
         fix = "save it with commas between the columns"
         raise DataError("the columns are not separated by commas", where=where, fix=fix, code="not-csv")
-    if twice := [name for name in cells if cells.count(name) > 1]:
+    return check_names([cell.strip() for cell in cells], where)
+
+
+def check_names(names: list[str], where: str) -> list[str]:
+    """Refuses a name that two columns have: the later one would win in silence."""
+    if twice := [name for name in names if names.count(name) > 1]:
         fix = "give each column a name of its own"
         raise DataError(f"two columns are called {twice[0]!r}", where=where, fix=fix, code="column-collision")
-    return [cell.strip() for cell in cells]
+    return names
 
 
 def make_csv_row(header: list[str], cells: list[str], where: str) -> Row | Problem:
@@ -85,10 +90,11 @@ def iterate_parquet(path: Path) -> Iterator[Row | Problem]:
     numbers = count(1)
     try:
         with parquet.ParquetFile(path) as file:
+            check_names(list(file.schema_arrow.names), str(path))
             for batch in file.iter_batches(batch_size=ROWS_PER_BATCH):
                 for fields, number in zip(batch.to_pylist(), numbers, strict=False):
                     yield make_table_row(fields, f"{path}:{number}")
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         text = f"cannot be read as Parquet: {' '.join(str(error).split())[:200]}"
         raise DataError(text, where=str(path), fix="write or download it anew", code="unreadable") from error
 

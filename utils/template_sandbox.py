@@ -144,9 +144,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             extensions=[Generation, LoopControlExtension],
             finalize=self.limits.count_output,
+            optimized=False,  # folding constants would run filters while compiling, where no clock is looked at
         )
         self.filters["tojson"] = write_json
-        del self.filters["urlize"]  # its patterns need quadratic time, and no chat writes HTML
+        for slow in (
+            "urlize",
+            "wordwrap",
+        ):  # they need quadratic time between two looks at the clock, and no chat uses them
+            del self.filters[slow]
         self.filters = {name: guard_filter(name, function, self.limits) for name, function in self.filters.items()}
         self.filters["_tick"], self.filters["_join"], self.filters["_size"] = self.limits.tick, concatenate, check_size
         self.globals |= {"raise_exception": refuse_conversation, "strftime_now": write_today}

@@ -70,6 +70,23 @@ def ensure_pad_token(tokenizer: Any) -> None:
         raise ModelLoadingError("the tokenizer has neither a pad nor an end-of-text token", code="no-tokenizer")
 
 
+def find_written_tokens(renderer: TemplateRenderer, tokenizer: Any) -> frozenset[str]:
+    """Added tokens that a template writes around a message, whether they are marked as special or not.
+
+    The tokenizers of DeepSeek-R1's distilled Qwen models hold `<｜User｜>` as an ordinary added token: in a message it would
+    begin a turn all the same. Thinking tags stay out, for an answer may hold them.
+    """
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()} - {"<think>", "</think>"}
+    texts = []
+    for prompt in (False, True):
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}][: 1 if prompt else 2]
+        try:
+            texts.append(renderer.render(messages, prompt=prompt))
+        except DataError:
+            continue  # a template that takes no such conversation; its special tokens are known anyway
+    return frozenset(token for token in added if any(token in text for text in texts))
+
+
 class TokenizerUtils:
     """A tokenizer together with the template and mask policy of one recipe."""
 
@@ -110,6 +127,7 @@ class TokenizerUtils:
             template = resolve_template(template, strategy=strategy, model_template=own, row_formats=row_formats)
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         self._refuse_missing_tokens(template)
+        self._control_tokens |= find_written_tokens(TemplateRenderer(template, special), tokenizer)
         self.template = pin_thinking(template, special, self._control_tokens, row_formats)
         self._finder = TurnFinder(TemplateRenderer(self.template, special), self._control_tokens)
         self._encoder = PieceEncoder(tokenizer.backend_tokenizer, self._control_tokens, tokenizer.bos_token_id)

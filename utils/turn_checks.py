@@ -61,6 +61,8 @@ def find_contents(answer: str, message: Message, index: int) -> int:
     else:  # a template may write the thinking block inside the content in its own way
         pieces += [("answer", piece) for piece in THINK_TAGS.split(content)]
     pieces += [("tool call", call["function"]["name"]) for call in message.get("tool_calls", ())]
+    for call in message.get("tool_calls", ()):
+        check_leaves(answer, call["function"]["arguments"], f"the arguments of a tool call of turn {index + 1}")
     end = 0
     for what, piece in pieces:
         piece = piece.strip()
@@ -72,20 +74,74 @@ def find_contents(answer: str, message: Message, index: int) -> int:
     return end
 
 
-def check_context(prompt: str, messages: Sequence[Message]) -> None:
+def check_leaves(text: str, value: Any, what: str) -> None:
+    """Checks that a rendered text shows every text and whole number of a JSON value, in whatever order and spelling.
+
+    Raises:
+        DataError: one of them is missing.
+    """
+    for leaf in iterate_leaves(value):
+        spelled = str(leaf).strip()
+        if spelled not in text and not any(
+            json.dumps(spelled, ensure_ascii=plain)[1:-1] in text for plain in (False, True)
+        ):
+            message = f"the chat template leaves out {what}: {spelled[:60]!r} is missing"
+            raise DataError(message, fix=SHOW, code="template-hides")
+
+
+def iterate_leaves(value: Any) -> Iterator[str | int]:
+    """Every text and whole number inside a JSON value; floats and truth values have many spellings."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from iterate_leaves(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from iterate_leaves(item)
+    elif isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        yield value
+
+
+def check_tools_shown(prompt: str, tools: Sequence[dict[str, Any]]) -> None:
+    """Checks that a prompt names every tool: an answer that calls a tool the model was never told of teaches inventing.
+
+    Raises:
+        DataError: the template leaves the tools out.
+    """
+    for tool in tools:
+        if tool.get("function", tool)["name"] not in prompt:
+            text = f"the chat template does not show the tools of this row: {tool.get('function', tool)['name']!r} is missing"
+            raise DataError(text, fix=SHOW, code="template-hides")
+
+
+def check_context(prompt: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> None:
     """Checks that a prompt shows what the system, the user and tools say: an answer to half a question teaches guessing."""
+    check_tools_shown(prompt, tools)
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             continue
         content = message["content"].strip()
-        if content in prompt or (message["role"] == "tool" and content[:1] in ("{", "[")):
-            continue  # some templates write the JSON of a tool in their own way
+        if content in prompt:
+            continue
+        if message["role"] == "tool" and content[:1] in (
+            "{",
+            "[",
+        ):  # some templates write the JSON of a tool in their own way
+            check_leaves(prompt, parse_json(content), f"the result in message {index + 1}")
+            continue
         parts = [message.get("instruction", content), message.get("input", "")]
         if message["role"] == "tool":
             parts = [json.dumps(content, ensure_ascii=False)[1:-1]]
         if not all(part.strip() in prompt for part in parts):
             text = f"the chat template leaves out or rewrites message {index + 1} ({message['role']})"
             raise DataError(text, fix=OTHER, code="template-hides")
+
+
+def parse_json(text: str) -> Any:
+    """What a text says as JSON, or the text itself."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def place(error: DataError, where: str) -> DataError:

@@ -215,6 +215,7 @@ HOSTILE = {
     "internals by a namespace": "{% set ns = namespace(__class__=1) %}",
     "internals set later": "{% set ns = namespace() %}{% set ns.__init__ = 1 %}",
     "internals of a function": "{{ cycler.__init__.__globals__ }}",
+    "a constant folded while compiling": "{% if 'a'|center(999999)|replace(' ','bbbb')|wordwrap(1) %}{% endif %}" * 4,
     "another file": "{% include '/etc/passwd' %}",
     "an import": "{% import 'os' as os %}",
     "a parent": "{% extends 'x' %}",
@@ -223,10 +224,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_ends_soon_with_a_clear_error(name: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()  # others may keep the processor busy
     with pytest.raises(DataError) as caught:
         render(HOSTILE[name])
-    assert time.monotonic() - start < MAX_SECONDS + 3
+    assert time.process_time() - start < MAX_SECONDS + 3
     problem = caught.value.problems[0]
     assert problem.code in ("template-limit", "template")
     assert problem.fix
@@ -312,7 +313,7 @@ KNOWN = {
         "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nGoodbye.<|im_end|>\n",
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
     ),
-    "raw": ("HiHello.</s>ByeGoodbye.</s>", "Be brief.Hi"),
+    "raw": ("HiHello.</s>ByeGoodbye.</s>", "Be brief.\n\nHi"),
 }
 
 

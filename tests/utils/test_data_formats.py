@@ -272,7 +272,7 @@ def test_bad_rows_of_all_formats_are_reported_together() -> None:
 
 def test_columns_under_their_usual_other_names_get_the_renaming_to_copy() -> None:
     fix = fail({"instruction": "a", "context": "b", "response": "c"}).fix or ""
-    assert "data.columns: {response: output}" in fix
+    assert "data.columns: {response: output, context: input}" in fix
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from config.structured_config import DataSource
 from utils.data_loading import Row
@@ -119,11 +121,13 @@ def test_rows_are_renamed_while_they_are_read_and_bad_ones_are_problems(tmp_path
     path = tmp_path / "a.jsonl"
     path.write_text('{"q": "a"}\n{oops\n{"p": "b"}\n', encoding="utf-8")
     (source,) = find_sources(str(path), PLACE)
-    first, broken, lacking = iterate_rows(source, {"q": "text"})
+    unseen = {"q", "r"}
+    first, broken, lacking = iterate_rows(source, {"q": "text", "r": "answer"}, unseen)
     assert first == Row({"text": "a"}, f"{path}:1")
     assert isinstance(broken, Problem)
-    assert isinstance(lacking, Problem)
-    assert (broken.code, lacking.code) == ("not-json", "missing-column")
+    assert broken.code == "not-json"
+    assert lacking == Row({"p": "b"}, f"{path}:3")
+    assert unseen == {"r"}
 
 
 def test_a_hash_follows_the_bytes_and_not_the_name(tmp_path: Path) -> None:
@@ -219,3 +223,24 @@ def test_a_gzipped_file_is_a_source(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
     (source,) = find_sources(str(path), PLACE)
     assert list(iterate_rows(source, {})) == [Row({"text": "a"}, f"{path}:1")]
+
+
+def test_a_pipe_and_a_name_that_is_too_long_are_refused_without_a_traceback(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match="a pipe or a device"):
+        find_sources(str(tmp_path / "pipe.jsonl"), PLACE)
+    with pytest.raises(DataError, match="cannot be looked up"):
+        find_sources("a" * 300, PLACE)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+def test_two_columns_with_one_name_are_refused(tmp_path: Path, name: str) -> None:
+    # The later one won in silence, and its answer was learned.
+    if name == "a.csv":
+        (tmp_path / name).write_text("question,answer, answer\nq,right,wrong\n", encoding="utf-8")
+    else:
+        arrays = [pyarrow.array([text]) for text in ("q", "right", "wrong")]
+        parquet.write_table(pyarrow.Table.from_arrays(arrays, ["question", "answer", "answer"]), tmp_path / name)
+    (source,) = find_sources(str(tmp_path / name), PLACE)
+    with pytest.raises(DataError, match="two columns are called 'answer'"):
+        list(iterate_rows(source, {}))

@@ -274,3 +274,36 @@ def test_memory_hardly_grows_with_the_rows(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
         peaks.append(int(done.stdout) * 1024)
     assert (peaks[1] - peaks[0]) / 90_000 < 64, "bytes a row"
+
+
+def test_a_renamed_column_may_be_empty_in_some_rows_and_absent_in_some_files(tmp_path: Path) -> None:
+    # A CSV row with an empty cell was refused, and no recipe could say what would let it pass.
+    (tmp_path / "a.csv").write_text("question,ctx,answer\nWho?,Ada wrote it.,Ada\nWhere?,,Oslo\n", encoding="utf-8")
+    other = write(tmp_path / "b.jsonl", [{"question": "When?", "answer": "1907"}])
+    data = DataSection(train=[str(tmp_path / "a.csv"), str(other)], eval_fraction=0, columns={"ctx": "context"})
+    assert scan_rows(data, 42, str).train_rows == 3
+
+
+def test_a_renamed_column_that_no_row_has_is_refused_before_all_else(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"q": "Who?", "answer": "Ada"}] * (SHOWN_PROBLEMS + 2))
+    with pytest.raises(DataError, match="columns names 'quest', which no row has") as caught:
+        scan_rows(DataSection(train=str(path), columns={"quest": "question"}), 42, str)
+    assert caught.value.problems[0].code == "missing-column"
+
+
+def test_answers_to_one_prompt_are_held_out_together(tmp_path: Path) -> None:
+    # With many answers to each prompt, the held-out prompts were all trained on, and nothing said so.
+    rows = [{"question": f"q {n // 5}", "answer": f"a {n}"} for n in range(200)]
+    found = scan(write(tmp_path / "a.jsonl", rows), eval_fraction=0.2)
+    held_out = {rows[index]["question"] for index in found.held_out}
+    trained = {row["question"] for index, row in enumerate(rows) if index not in found.held_out}
+    assert len(found.held_out) == 40
+    assert not held_out & trained
+    assert not [warning for warning in found.warnings if warning.code == "prompt-leakage"]
+
+
+def test_few_prompts_over_many_rows_are_split_all_the_same_with_a_warning(tmp_path: Path) -> None:
+    rows = [{"question": f"q {n % 4}", "answer": f"a {n}"} for n in range(200)]
+    found = scan(write(tmp_path / "a.jsonl", rows), eval_fraction=0.2)
+    assert len(found.held_out) == 40
+    assert [warning.code for warning in found.warnings] == ["prompt-leakage"]

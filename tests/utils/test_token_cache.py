@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from config.recipe_io import load_recipe
 from utils.exceptions import DataError
 from utils.piece_encoder import EncodedExample
-from utils.prepared_data import mix
+from utils.prepared_data import mix, refuse_lost_sources
 from utils.token_cache import EncodedSet, TokenWriter, find_cache_entry, open_or_build, read_tokens, remove_unused
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,3 +163,15 @@ def test_an_order_picks_rows_of_the_file(tmp_path: Path) -> None:
 
     assert [example.where for example in found] == ["rows.jsonl:4", "rows.jsonl:4", "rows.jsonl:21"]
     assert found.lengths.tolist() == [4, 4, 7]
+
+
+def test_a_weight_that_leaves_no_row_of_a_source_is_refused(tmp_path: Path) -> None:
+    # Alone it ended in a ValueError; among others the source was left out without a word.
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {name: x}\ndata: {train: x.jsonl}\ntraining: {method: sft}\n", encoding="utf-8")
+    sources = np.array([0, 0, 1], dtype=np.int64)
+    order = mix(sources, [1.0, 0.1], seed=1)
+    with pytest.raises(DataError, match="leaves none of the 1 rows of source 2") as caught:
+        refuse_lost_sources(load_recipe(path), [1.0, 0.1], sources, order)
+    assert caught.value.problems[0].where == f"{path}:2"
+    refuse_lost_sources(load_recipe(path), [1.0, 1.0], sources, mix(sources, [1.0, 1.0], seed=1))

@@ -25,7 +25,7 @@ from utils.data_formats import Example, read_example
 from utils.data_loading import Row
 from utils.exceptions import DataError, ModelLoadingError, RecipeError
 from utils.messages import Message
-from utils.model_source import find_model
+from utils.model_source import ModelSource, find_model
 from utils.tokenizer_utils import EncodedExample, TokenizerUtils, ensure_pad_token, fit_length, load_tokenizer
 
 TRL = importlib.util.find_spec("trl")
@@ -800,3 +800,40 @@ def test_three_thousand_short_rows_are_encoded_in_seconds(tokenizer: Any) -> Non
     start = time.process_time()
     assert all(isinstance(result, list) for result in tools.encode_batch(rows))
     assert time.process_time() - start < 6
+
+
+def test_a_role_token_that_is_not_marked_as_special_is_a_control_token_all_the_same(embedded: ModelSource) -> None:
+    # DeepSeek-R1's distilled Qwen models hold their role tokens as ordinary added tokens: a message could begin a turn.
+    tokenizer = load_tokenizer(embedded.folder)
+    tokenizer.add_tokens(["<｜User｜>", "<｜Assistant｜>"])
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+        "{% else %}<｜Assistant｜>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
+    )
+    utils = TokenizerUtils(tokenizer, template=template)
+    with pytest.raises(DataError, match="control token <｜User｜>"):
+        utils.encode_prompt([{"role": "user", "content": "hi<｜User｜>go on"}])
+    assert len(utils.encode_prompt([{"role": "user", "content": "hi"}])) > 2
+
+
+def make_tool_row(**answer: Any) -> Example:
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
+    turns = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "Sunny.", **answer}]
+    return read_example(Row({"messages": turns, "tools": [tool]}, "x:1"), "auto")
+
+
+def test_a_template_that_hides_the_tools_of_a_row_is_refused(embedded: ModelSource) -> None:
+    with pytest.raises(DataError, match="does not show the tools of this row: 'get_weather'"):
+        TokenizerUtils(load_tokenizer(embedded.folder)).encode_example(make_tool_row())
+
+
+def test_a_template_that_hides_the_arguments_of_a_call_is_refused(embedded: ModelSource) -> None:
+    template = (
+        "{{ tools }}{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}"
+        "{% else %}{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}<|im_end|>{% endif %}{% endfor %}"
+    )
+    utils = TokenizerUtils(load_tokenizer(embedded.folder), template=template)
+    call = {"name": "get_weather", "arguments": {"city": "Rome"}}
+    with pytest.raises(DataError, match="arguments of a tool call of turn 2: 'Rome' is missing"):
+        utils.encode_example(make_tool_row(tool_calls=[call]))
