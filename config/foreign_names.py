@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-LATER = "this version trains method: sft only; remove it"
-
 FOREIGN_NAMES: dict[str, str] = {
     "model_name_or_path": "here it is model.name",
     "model_id": "here it is model.name",
@@ -72,8 +70,20 @@ FOREIGN_NAMES: dict[str, str] = {
     "do_sample": "here it is generation.temperature above 0",
     "max_length_generation": "here it is generation.max_new_tokens",
     "max_tokens": "here it is generation.max_new_tokens",
-    "dpo": LATER,
-    "beta": LATER,
-    "loss_type": LATER,
-    "reference": LATER,
+    "beta": "here it is dpo.beta, kto.beta or orpo.beta",
+    "dpo_beta": "here it is dpo.beta",
+    "pref_beta": "here it is dpo.beta",
+    "rl_beta": "here it is dpo.beta",
+    "pref_loss": "here it is dpo.loss",
+    "loss_type": "here it is dpo.loss",
+    "dpo_label_smoothing": "here it is dpo.label_smoothing",
+    "label_smoothing": "here it is dpo.label_smoothing",
+    "reference": "here it is dpo.reference",
+    "ref_model": "here it is dpo.reference",
+    "precompute_ref_log_probs": "here it is dpo.reference",
+    "kto_desirable_weight": "here it is kto.desirable_weight",
+    "kto_undesirable_weight": "here it is kto.undesirable_weight",
+    "orpo_alpha": "here it is orpo.beta",
+    "rl": "here it is training.method",
+    "stage": "here it is training.method",
 }

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from config.recipe_errors import OVERRIDE, explain_value, iterate_schema_keys, translate_errors
-from config.structured_config import Recipe
+from config.structured_config import PAIR_METHODS, Recipe
 from config.yaml_reader import RecipeDumper, YamlDocument, parse_value, read_yaml
 from utils.exceptions import Problem, RecipeError
 
@@ -153,6 +153,8 @@ def format_resolved(loaded: LoadedRecipe) -> str:
         if name == "lora" and value is None:
             lines.append("# no lora section: all weights are trained")
             continue
+        if name in PAIR_METHODS and value is None:
+            continue  # the section of another method
         if not isinstance(value, dict):
             lines.append(format_line(name, value, loaded.origins.get(name, "default"), indent=""))
             continue

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from config.structured_config import Recipe, TrainingSection
 
 
+PAIR_METRICS = ("preference_accuracy", "preference_accuracy_per_token", "reward_accuracy")
+
+
 class RuleViolation(NamedTuple):
     """Two keys that are each fine but cannot stand together."""
 
@@ -50,6 +53,7 @@ def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
         yield RuleViolation(
             ("training", "early_stopping_threshold"), message, "set early_stopping_patience, or remove it"
         )
+    yield from find_preference_violations(recipe)
     if data.eval is not None and "eval_fraction" in data.model_fields_set:
         message = "eval_fraction does nothing when data.eval names a file"
         yield RuleViolation(("data", "eval_fraction"), message, "remove one of the two")
@@ -64,6 +68,40 @@ def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
             if value is not None:
                 message = f"{key} only acts when sampling, and temperature 0 is greedy"
                 yield RuleViolation(("generation", key), message, f"set temperature above 0, or remove {key}")
+
+
+def find_preference_violations(recipe: Recipe) -> Iterator[RuleViolation]:
+    """Yields what cannot stand beside a method that learns from pairs, and what only such a method can have."""
+    training, method = recipe.training, recipe.training.method
+    for name, section in (("dpo", recipe.dpo), ("kto", recipe.kto), ("orpo", recipe.orpo)):
+        if section is not None and method != name:
+            message = f"the section {name} does nothing under method {method}"
+            yield RuleViolation((name,), message, f"remove it, or set training.method: {name}")
+    if not training.learns_pairs:
+        for name in recipe.evaluation.metrics:
+            if name in PAIR_METRICS:
+                message = f"{name} compares the two answers of a pair, and method {method} has no pairs"
+                yield RuleViolation(("evaluation", "metrics"), message, "remove it, or set training.method: dpo")
+        return
+    if training.packing:
+        message = "a pair already shares one row between its two answers, and packing is not built for that"
+        yield RuleViolation(("training", "packing"), message, "set packing: false")
+    if training.neftune_alpha is not None:
+        message = "NEFTune's noise would differ between the two answers and the reference, and hide the preference"
+        yield RuleViolation(("training", "neftune_alpha"), message, "remove neftune_alpha")
+    if recipe.data.loss_on == "all":
+        message = f"method {method} compares answers, and loss_on all would count their prompt as well"
+        yield RuleViolation(("data", "loss_on"), message, "remove loss_on: the last answer is learned")
+    if recipe.data.format not in ("auto", "preference"):
+        message = f"method {method} learns from pairs, and format {recipe.data.format} has one answer"
+        yield RuleViolation(("data", "format"), message, "set format: preference, or training.method: sft")
+    if (dpo := recipe.dpo) is not None:
+        if dpo.label_smoothing and dpo.loss != "sigmoid":
+            message = f"label_smoothing is defined for the sigmoid loss, and loss is {dpo.loss}"
+            yield RuleViolation(("dpo", "label_smoothing"), message, "set loss: sigmoid, or remove label_smoothing")
+        if dpo.reference == "adapter_off" and recipe.lora is None:
+            message = "without a lora section there is no adapter to switch off"
+            yield RuleViolation(("dpo", "reference"), message, "set reference: precomputed, or add a lora section")
 
 
 def find_cadence_violations(training: TrainingSection, total_steps: int) -> Iterator[RuleViolation]:

@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 
 Strings = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)]
 FormatName = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text", "preference"]
-MetricName = Literal["loss", "perplexity", "exact_match", "execution_accuracy"]
+MetricName = Literal[
+    "loss",
+    "perplexity",
+    "exact_match",
+    "execution_accuracy",
+    "preference_accuracy",
+    "preference_accuracy_per_token",
+    "reward_accuracy",
+]
+# Methods that learn from pairs of answers; each has a section of its name.
+PAIR_METHODS = ("dpo", "kto", "orpo")
 
 
 class Section(BaseModel):
@@ -163,8 +173,9 @@ class LoraSection(Section):
 class TrainingSection(Section):
     """How the model is trained."""
 
-    method: Literal["sft"]
-    """sft: supervised fine-tuning on the tokens that `data.loss_on` names."""
+    method: Literal["sft", "dpo", "kto", "orpo"]
+    """sft: supervised fine-tuning on the tokens that `data.loss_on` names. dpo, kto, orpo: learning from pairs of a chosen
+    and a rejected answer; each is set in the section of its name, and learns the last answer of a conversation."""
     epochs: Annotated[float, Field(gt=0.0, le=1000.0)] = 3.0
     """Passes over the training rows; fractions are allowed. Leave it out when `max_steps` is given."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
@@ -199,6 +210,44 @@ class TrainingSection(Section):
     """Stop after this many evaluations without a better loss; null never stops early."""
     early_stopping_threshold: Annotated[float, Field(ge=0.0)] = 0.0
     """How much lower a loss must be to count as better."""
+
+    @property
+    def learns_pairs(self) -> bool:
+        """True for methods whose rows hold a chosen and a rejected answer."""
+        return self.method in PAIR_METHODS
+
+
+class DpoSection(Section):
+    """Direct preference optimisation (arXiv 2305.18290), for `training.method: dpo`."""
+
+    beta: Annotated[float, Field(gt=0.0, le=100.0)] = 0.1
+    """How closely the model is held to the reference: larger moves it less."""
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """sigmoid: the paper's. ipo: a squared distance to a fixed margin (arXiv 2310.12036). hinge: SLiC's (arXiv 2305.10425)."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Share of the pairs whose answers may be the wrong way round (conservative DPO); sigmoid only."""
+    reference: Literal["precomputed", "adapter_off", "model"] = "precomputed"
+    """Where the untouched model's log-probabilities come from: computed once before the first step and kept on disk; in each
+    step with the adapters switched off; or in each step from a second copy of the model in memory."""
+
+
+class KtoSection(Section):
+    """Kahneman-Tversky optimisation (arXiv 2402.01306), for `training.method: kto`: pairs are taken apart, the chosen answer
+    is desirable and the rejected one undesirable."""
+
+    beta: Annotated[float, Field(gt=0.0, le=100.0)] = 0.1
+    """How closely the model is held to the reference: larger moves it less."""
+    desirable_weight: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
+    """Weight of the chosen answers."""
+    undesirable_weight: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
+    """Weight of the rejected answers."""
+
+
+class OrpoSection(Section):
+    """Odds ratio preference optimisation (arXiv 2403.07691), for `training.method: orpo`: it needs no reference model."""
+
+    beta: Annotated[float, Field(gt=0.0, le=100.0)] = 0.1
+    """Weight of the odds ratio beside the likelihood of the chosen answer; the paper's lambda."""
 
 
 class GenerationSection(Section):
@@ -242,7 +291,10 @@ class EvaluationSection(Section):
     """What the before/after report measures."""
 
     metrics: Annotated[tuple[MetricName, ...], Field(strict=False, min_length=1)] = ("loss", "perplexity")
-    """loss and perplexity on the reference answers; exact_match and execution_accuracy on generated ones."""
+    """loss and perplexity on the reference answers (the chosen ones of pairs); exact_match and execution_accuracy on generated
+    ones. Of pairs: preference_accuracy, the share in which the model finds the chosen answer likelier;
+    preference_accuracy_per_token, the same by the mean over an answer's tokens, so that length plays no part;
+    reward_accuracy, the share in which training raised the chosen answer's log-probability more than the rejected one's."""
     max_examples: Annotated[int, Field(ge=1)] | None = None
     """Held-out rows to use, the first ones; null uses all."""
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
@@ -275,9 +327,22 @@ class Recipe(Section):
     data: DataSection
     lora: LoraSection | None = None
     training: TrainingSection
+    dpo: DpoSection | None = None
+    kto: KtoSection | None = None
+    orpo: OrpoSection | None = None
     generation: GenerationSection = GenerationSection()
     evaluation: EvaluationSection = EvaluationSection()
     tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def add_method_section(cls, values: Any) -> Any:
+        """A method's section may be left out; its defaults then stand in the recipe like any others."""
+        training = values.get("training") if isinstance(values, dict) else None
+        method = training.get("method") if isinstance(training, dict) else None
+        if method in PAIR_METHODS and method not in values:
+            return {**values, method: {}}
+        return values
 
     @model_validator(mode="after")
     def check_rules(self) -> Recipe:

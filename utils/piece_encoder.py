@@ -7,7 +7,7 @@ last token, too.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,12 +28,28 @@ class EncodedExample:
         loss_mask: bool, shape (length,); True where the token is learned.
         where: `file:line` of its row.
         is_text: True for raw text, which may be cut at its end; an answer may not.
+        branch_starts: of a pair, where its chosen and its rejected branch begin. The ids are the trunk (the prompt without
+            its last token), then the two branches, each of which begins with a copy of the prompt's last token: what
+            predicts an answer's first token stands right before it, and the prompt stands there once. None for one answer.
+        reference: of a pair, the untouched model's log-probability of each answer in nats; None where it is not known.
+        mismatched: of a pair under KTO, its prompt with the answers of another row.
     """
 
     input_ids: npt.NDArray[np.int64]
     loss_mask: npt.NDArray[np.bool_]
     where: str
     is_text: bool = False
+    branch_starts: tuple[int, int] | None = None
+    reference: tuple[float, float] | None = None
+    mismatched: EncodedExample | None = None
+
+    @property
+    def path_length(self) -> int:
+        """Tokens of the longest conversation in it: the whole of it, or trunk and longer branch of a pair."""
+        if self.branch_starts is None:
+            return len(self.input_ids)
+        chosen, rejected = self.branch_starts
+        return chosen + max(rejected - chosen, len(self.input_ids) - rejected)
 
     @property
     def supervised_tokens(self) -> int:
@@ -122,11 +138,13 @@ def fit_length(encoded: EncodedExample, max_length: int) -> EncodedExample | Non
 
     Returns:
         The example, with its prompt cut from the left; or None if its learned tokens alone are too long. Raw text is cut at
-        its end instead.
+        its end instead. A pair loses the same tokens of its prompt for both answers.
     """
-    length = len(encoded.input_ids)
+    length = encoded.path_length
     if length <= max_length:
         return encoded
+    if encoded.branch_starts is not None:
+        return cut_trunk(encoded, length - max_length)
     if encoded.is_text:
         return EncodedExample(
             encoded.input_ids[:max_length], encoded.loss_mask[:max_length], encoded.where, is_text=True
@@ -136,3 +154,13 @@ def fit_length(encoded: EncodedExample, max_length: int) -> EncodedExample | Non
     if cut >= first:  # the token before the first learned one must stay, for it is what predicts it
         return None
     return EncodedExample(encoded.input_ids[cut:], encoded.loss_mask[cut:], encoded.where)
+
+
+def cut_trunk(pair: EncodedExample, count: int) -> EncodedExample | None:
+    """A pair without the first tokens of its prompt; None if the trunk has fewer, for the answers stay whole."""
+    assert pair.branch_starts is not None
+    chosen, rejected = pair.branch_starts
+    if count > chosen:
+        return None
+    starts = (chosen - count, rejected - count)
+    return replace(pair, input_ids=pair.input_ids[count:], loss_mask=pair.loss_mask[count:], branch_starts=starts)

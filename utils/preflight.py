@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from config.model_families import find_family, find_family_by_name
 from config.recipe_io import LoadedRecipe
@@ -169,7 +169,7 @@ def open_tokenizer(loaded: LoadedRecipe, source: ModelSource, row_formats: Colle
         tokenizer,
         template=data.template,
         strategy=data.strategy,
-        loss_on=data.loss_on,
+        loss_on=choose_loss_on(loaded.recipe),
         system=data.system,
         row_formats=row_formats,
     )
@@ -190,8 +190,17 @@ def open_run_tokenizer(loaded: LoadedRecipe, source: ModelSource, run: RunFolder
         fix = f"restore {folder / 'chat_template.jinja'}, or train again"
         raise RunError(message, where=str(folder), fix=fix, code="template-changed")
     return TokenizerUtils(
-        tokenizer, template=template, strategy=facts["strategy"], loss_on=data.loss_on, system=data.system
+        tokenizer,
+        template=template,
+        strategy=facts["strategy"],
+        loss_on=choose_loss_on(loaded.recipe),
+        system=data.system,
     )
+
+
+def choose_loss_on(recipe: Recipe) -> Literal["assistant", "last", "all"]:
+    """What is learned of a row; of a pair it is the last answer, for there the two differ."""
+    return "last" if recipe.training.learns_pairs else recipe.data.loss_on
 
 
 def plan_run(recipe: Recipe, rows: int) -> RunPlan:

@@ -19,6 +19,7 @@ from utils.data_formats import Example
 from utils.data_sources import RowSource, find_sources, hash_source
 from utils.exceptions import DataError
 from utils.logging import get_logger
+from utils.methods.pairs import encode_pairs
 from utils.methods.sft import EncodingCounts, encode_rows
 from utils.progress import Progress
 from utils.row_checks import ProblemLog, RowScan, iterate_examples
@@ -48,6 +49,7 @@ CODE = (
     "token_cache",
     "prepared_data",
     "methods/sft",
+    "methods/pairs",
 )
 
 
@@ -94,6 +96,7 @@ def write_sets(loaded: LoadedRecipe, scan: RowScan, tokenizer: TokenizerUtils, f
     """Writes both Arrow files; every row that cannot be encoded is counted before anything is raised."""
     problems = ProblemLog()
     facts: dict[str, Any] = {}
+    encode = encode_pairs if loaded.recipe.training.learns_pairs else encode_rows
     sets = {
         "train": (TRAIN, scan.train_rows - len(scan.held_out)),
         "evaluation": (EVALUATION, scan.evaluation_rows),
@@ -104,7 +107,7 @@ def write_sets(loaded: LoadedRecipe, scan: RowScan, tokenizer: TokenizerUtils, f
         title = f"Encoding {'held-out' if held_out else 'training'} rows"
         with TokenWriter(folder / file_name) as writer, Progress(title, rows, "rows") as progress:
             for source, chunk in iterate_chunks(loaded, scan, held_out=held_out):
-                writer.write(encode_rows(chunk, tokenizer, loaded.recipe.data, counts, problems), source)
+                writer.write(encode(chunk, tokenizer, loaded.recipe.data, counts, problems), source)
                 progress.advance(len(chunk))
         facts[name] = asdict(counts)
     problems.raise_if_any()
@@ -191,6 +194,7 @@ def make_key(loaded: LoadedRecipe, tokenizer: TokenizerUtils) -> str:
         "tokenizer": tokenizer.hash,
         "data": {key: describe_sources(loaded, key) for key in ("train", "eval")},
         "policy": recipe.data.model_dump(mode="json", exclude={"train", "eval"}),
+        "pairs": recipe.training.learns_pairs,
         "seed": recipe.seed if recipe.data.eval is None else None,
         "held_out": recipe.evaluation.max_examples,
     }

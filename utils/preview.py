@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from utils.exceptions import Problem, RunError
+from utils.methods.pairs import split_pair
 from utils.piece_encoder import EncodedExample
 from utils.preflight import Preflight
 from utils.tokenizer_utils import TokenizerUtils
@@ -28,8 +29,13 @@ def print_first_example(preflight: Preflight) -> None:
 def print_example(example: EncodedExample, tokenizer: TokenizerUtils, title: str = "") -> None:
     """Prints one example with its learned part highlighted."""
     total = len(example.input_ids)
-    print(f"{title}{example.where}: {total} tokens, {example.supervised_tokens} learned (marked):")
-    print(highlight(example, tokenizer, color=sys.stdout.isatty()))
+    kind = "a pair of " if example.branch_starts else ""
+    print(f"{title}{example.where}: {kind}{total} tokens, {example.supervised_tokens} learned (marked):")
+    if example.branch_starts is None:
+        print(highlight(example, tokenizer, color=sys.stdout.isatty()))
+        return
+    for name, side in zip(("chosen", "rejected"), split_pair(example), strict=True):
+        print(f"{name}: {highlight(side, tokenizer, color=sys.stdout.isatty())}")
 
 
 def highlight(example: EncodedExample, tokenizer: TokenizerUtils, *, color: bool) -> str:
@@ -54,11 +60,13 @@ def print_warnings(problems: Sequence[Problem]) -> None:
 def describe_example(example: EncodedExample, tokenizer: TokenizerUtils) -> dict[str, Any]:
     """An example for programs: its place, text, token ids and 0/1 for each token that is learned."""
     ids = example.input_ids.tolist()
+    branches = {"branch_starts": list(example.branch_starts)} if example.branch_starts else {}
     return {
         "where": example.where,
         "text": tokenizer.tokenizer.decode(ids),
         "input_ids": ids,
         "loss_mask": example.loss_mask.astype(int).tolist(),
+        **branches,
     }
 
 

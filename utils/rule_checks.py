@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from config.model_families import ModelFamily
+from config.recipe_rules import PAIR_METRICS
 from config.structured_config import Recipe
 
 TOO_FAR = 5.0  # a learning rate this many times above or below the table is rarely meant
@@ -17,6 +18,8 @@ LONG_STEP_S = 120.0
 CORE_FLOPS = 3.0e10  # operations in a second; the demo reaches 3.6e10 on each of two cores
 # Most parameters, learning rate with LoRA, learning rate with all weights (docs/design.md, section 7).
 LEARNING_RATES = ((1.25e9, 4e-4, 3e-5), (5e9, 3e-4, 2e-5), (15e9, 2e-4, 1e-5), (float("inf"), 1.3e-4, 5e-6))
+# The same for methods that learn from pairs: a tenth, for they only tilt what the model can do already.
+PAIR_LEARNING_RATES = ((1.25e9, 1.5e-5, 1e-6), (5e9, 1e-5, 7e-7), (15e9, 5e-6, 5e-7), (float("inf"), 3e-6, 2e-7))
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,27 @@ def list_modules(facts: Facts) -> str:
 def find_preference_rows(facts: Facts) -> str | None:
     """Pairs of answers under a method that learns one."""
     count = facts.formats.get("preference", 0)
-    if not count and facts.recipe.data.format != "preference":
+    if facts.recipe.training.learns_pairs or (not count and facts.recipe.data.format != "preference"):
         return None
     rows = f"{count} rows hold" if count else "format preference means rows with"
     return f"{rows} a chosen and a rejected answer, and method sft learns one answer"
+
+
+def find_no_pairs(facts: Facts) -> str | None:
+    """Rows with one answer under a method that compares two."""
+    method = facts.recipe.training.method
+    single = sum(count for name, count in facts.formats.items() if name != "preference")
+    if not facts.recipe.training.learns_pairs or not single:
+        return None
+    return f"{single} rows have one answer, and method {method} needs a chosen and a rejected one in each"
+
+
+def find_no_preference_metric(facts: Facts) -> str | None:
+    """A report that would not say whether the preference was learned."""
+    recipe = facts.recipe
+    if not recipe.training.learns_pairs or set(recipe.evaluation.metrics) & set(PAIR_METRICS):
+        return None
+    return "no metric of the report looks at the pairs"
 
 
 def find_raw_text(facts: Facts) -> str | None:
@@ -148,7 +168,8 @@ def find_far_learning_rate(facts: Facts) -> str | None:
 
 def find_usual_rate(facts: Facts) -> float:
     """The table's learning rate."""
-    _, lora, full = next(row for row in LEARNING_RATES if (facts.parameters or 0) <= row[0])
+    table = PAIR_LEARNING_RATES if facts.recipe.training.learns_pairs else LEARNING_RATES
+    _, lora, full = next(row for row in table if (facts.parameters or 0) <= row[0])
     return full if facts.recipe.lora is None else lora
 
 

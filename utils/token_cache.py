@@ -27,6 +27,8 @@ from utils.piece_encoder import EncodedExample
 FACTS = "facts.json"
 ROWS_PER_BATCH = 1000
 UNUSED_DAYS = 30
+NO_BRANCHES = (-1, -1)
+SMALL_COLUMNS = ("where", "is_text", "source", "supervised", "chosen_start", "rejected_start")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class TokenTable:
         input_ids: int32 ids of all examples behind each other, shape (tokens,).
         loss_mask: uint8 0/1, shape (tokens,).
         offsets: int64 where each example starts, shape (examples + 1,).
-        columns: the small columns as lists: `where`, `is_text`, `source`, `supervised`.
+        columns: the small columns as lists: `where`, `is_text`, `source`, `supervised`, `chosen_start`, `rejected_start`.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -72,11 +74,13 @@ class EncodedSet(Sequence[EncodedExample]):
         number = bisect.bisect_right(self.starts, position) - 1
         table, row = self.tables[number], position - self.starts[number]
         start, end = table.offsets[row], table.offsets[row + 1]
+        chosen, rejected = (table.columns[name][row].as_py() for name in ("chosen_start", "rejected_start"))
         return EncodedExample(
             table.input_ids[start:end].astype(np.int64),
             table.loss_mask[start:end].astype(np.bool_),
             table.columns["where"][row].as_py(),
             is_text=bool(table.columns["is_text"][row].as_py()),
+            branch_starts=None if chosen < 0 else (chosen, rejected),
         )
 
     def __iter__(self) -> Iterator[EncodedExample]:
@@ -125,6 +129,8 @@ class TokenWriter:
                 "is_text": pa.uint8(),
                 "source": pa.int32(),
                 "supervised": pa.int32(),
+                "chosen_start": pa.int32(),
+                "rejected_start": pa.int32(),
             }
         )
         self.file = pa.OSFile(str(path), "wb")
@@ -153,6 +159,10 @@ class TokenWriter:
             make_column([example.is_text for example in examples], "u1"),
             make_column([source] * len(examples), "i4"),
             make_column([example.supervised_tokens for example in examples], "i4"),
+            *(
+                make_column([(example.branch_starts or NO_BRANCHES)[side] for example in examples], "i4")
+                for side in (0, 1)
+            ),
         ]
         self.stream.write_batch(pa.record_batch(columns, schema=self.schema))
 
@@ -189,7 +199,7 @@ def read_tokens(path: Path) -> EncodedSet:
 def view_batch(batch: Any) -> TokenTable:
     """numpy views of one record batch."""
     ids, mask = batch.column("input_ids"), batch.column("loss_mask")
-    columns = {name: batch.column(name) for name in ("where", "is_text", "source", "supervised")}
+    columns = {name: batch.column(name) for name in SMALL_COLUMNS}
     return TokenTable(
         view_column(ids.values, "i4"),
         view_column(mask.values, "u1"),

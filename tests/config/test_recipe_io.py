@@ -150,10 +150,10 @@ def test_a_misspelt_choice_is_answered_with_the_nearest_one(tmp_path: Path) -> N
     assert problem.fix == "did you mean bfloat16?"
 
 
-def test_an_unknown_method_names_the_one_that_exists(tmp_path: Path) -> None:
-    problem = find_problem(tmp_path, MINIMAL.replace("sft", "dpo"))
+def test_an_unknown_method_names_those_that_exist(tmp_path: Path) -> None:
+    problem = find_problem(tmp_path, MINIMAL.replace("sft", "ppo"))
     assert problem.where == f"{tmp_path / 'recipe.yaml'}:6"
-    assert "sft" in problem.message
+    assert all(name in problem.message for name in ("sft", "dpo", "kto", "orpo"))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def make_recipe(**sections: Any) -> Recipe:
         "lora": {},
         "training": {"method": "sft"},
         "generation": {},
+        "evaluation": {},
     }
     for name, changes in sections.items():
         values[name] = None if changes is None else {**values[name], **changes}
@@ -61,6 +62,11 @@ def test_the_defaults_break_no_rule_at_any_size(parameters: float) -> None:
     assert find_problems(facts, str) == []
 
 
+DPO: dict[str, Any] = {
+    "training": {"method": "dpo"},
+    "evaluation": {"metrics": ("preference_accuracy",)},
+}
+
 GPT2 = find_family("gpt2")
 BROKEN: list[tuple[str, str, str, Facts]] = [
     ("error", "no-chat-template", "data.strategy", Facts(make_recipe(data={"strategy": "chat"}), family=GPT2)),
@@ -89,6 +95,13 @@ BROKEN: list[tuple[str, str, str, Facts]] = [
         Facts(make_recipe(), formats={"preference": 3, "messages": 5}),
     ),
     ("error", "preference-rows", "data.train", Facts(make_recipe(data={"format": "preference"}))),
+    (
+        "error",
+        "no-pairs",
+        "data.train",
+        Facts(make_recipe(**DPO), formats={"preference": 3, "messages": 5}),
+    ),
+    ("warning", "no-preference-metric", "evaluation.metrics", Facts(make_recipe(training={"method": "orpo"}))),
     ("error", "raw-text", "data.strategy", Facts(make_recipe(data={"strategy": "chat"}), formats={"text": 1})),
     (
         "error",

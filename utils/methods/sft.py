@@ -48,28 +48,38 @@ def encode_rows(
         What can be learned from, in order.
     """
     kept: list[EncodedExample] = []
-    for row, encoded in zip(rows, tokenizer.encode_batch(rows), strict=True):
+    for encoded in tokenizer.encode_batch(rows):
         counts.rows += 1
         if isinstance(encoded, DataError):
             for problem in encoded.problems:
                 problems.add(problem)
             continue
-        for whole in encoded:
-            length = len(whole.input_ids)
-            fitted = whole if length <= data.max_length else fit_length(whole, data.max_length)
-            if length > data.max_length and data.overlong == "error":
-                fix = "raise data.max_length, or set data.overlong: drop or truncate"
-                message = f"{length} tokens are more than max_length {data.max_length}"
-                problems.add(Problem("too-long", message, row.where, fix))
-            elif fitted is None or (length > data.max_length and data.overlong == "drop"):
-                counts.dropped += 1
-                if len(counts.dropped_places) < SHOWN_PLACES:
-                    counts.dropped_places.append(row.where)
-            else:
-                counts.cut += fitted is not whole
-                kept.append(fitted)
+        fitted = (fit_example(whole, data, counts, problems) for whole in encoded)
+        kept += [example for example in fitted if example is not None]
     counts.examples += len(kept)
     return kept
+
+
+def fit_example(
+    whole: EncodedExample, data: DataSection, counts: EncodingCounts, problems: ProblemLog
+) -> EncodedExample | None:
+    """Applies `data.overlong` to one example; None if it is left out, or refused and added to `problems`."""
+    length = whole.path_length
+    if length <= data.max_length:
+        return whole
+    if data.overlong == "error":
+        fix = "raise data.max_length, or set data.overlong: drop or truncate"
+        message = f"{length} tokens are more than max_length {data.max_length}"
+        problems.add(Problem("too-long", message, whole.where, fix))
+        return None
+    fitted = fit_length(whole, data.max_length) if data.overlong == "truncate" else None
+    if fitted is None:
+        counts.dropped += 1
+        if len(counts.dropped_places) < SHOWN_PLACES:
+            counts.dropped_places.append(whole.where)
+        return None
+    counts.cut += 1
+    return fitted
 
 
 @dataclass(frozen=True)

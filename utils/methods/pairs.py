@@ -1,0 +1,107 @@
+"""Pairs of answers: preference rows → encoded pairs, whose prompt stands there once.
+
+A pair is one `EncodedExample`: trunk, chosen branch, rejected branch. What counts examples, lengths and supervised tokens
+works on pairs as on anything else; what computes (`utils/batching.py`, the back ends) looks at `branch_starts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from config.structured_config import DataSection
+from utils.data_formats import Example
+from utils.exceptions import DataError, Problem
+from utils.methods.sft import EncodingCounts, fit_example
+from utils.piece_encoder import EncodedExample
+from utils.row_checks import ProblemLog
+from utils.tokenizer_utils import TokenizerUtils
+
+
+def encode_pairs(
+    rows: Sequence[Example], tokenizer: TokenizerUtils, data: DataSection, counts: EncodingCounts, problems: ProblemLog
+) -> list[EncodedExample]:
+    """Encodes preference rows and applies `data.overlong`, which never cuts an answer.
+
+    Args:
+        tokenizer: with `loss_on: last`, for the last answer is what differs.
+        counts: is added to.
+        problems: collects rows that cannot be encoded, or that are too long under `overlong: error`.
+
+    Returns:
+        One example for each pair that is kept, in order.
+    """
+    sides = [replace(row, messages=messages, rejected=()) for row in rows for messages in (row.messages, row.rejected)]
+    encoded = iter(tokenizer.encode_batch(sides))
+    kept: list[EncodedExample] = []
+    for row in rows:
+        counts.rows += 1
+        chosen, rejected = next(encoded), next(encoded)
+        broken = next((side for side in (chosen, rejected) if isinstance(side, DataError)), None)
+        if broken is not None:
+            for problem in broken.problems:
+                problems.add(problem)
+            continue
+        assert isinstance(chosen, list)
+        assert isinstance(rejected, list)
+        pair = join_pair(chosen[-1], rejected[-1])
+        if pair is None:
+            fix = "give the row a prompt, or set data.template to one that writes something before the answer"
+            problems.add(Problem("no-prompt", "nothing stands before the two answers", row.where, fix))
+        elif (fitted := fit_example(pair, data, counts, problems)) is not None:
+            kept.append(fitted)
+    counts.examples += len(kept)
+    return kept
+
+
+def join_pair(chosen: EncodedExample, rejected: EncodedExample) -> EncodedExample | None:
+    """Two encoded conversations with one prompt as a pair.
+
+    The trunk ends before the last token that both share and neither learns, so the two branches never share a learned token:
+    every answer keeps all of its log-probability.
+
+    Returns:
+        None if not even one token comes before both answers.
+    """
+    first = min(int(np.argmax(side.loss_mask)) for side in (chosen, rejected))
+    same = chosen.input_ids[:first] == rejected.input_ids[:first]
+    shared = first if same.all() else int(np.argmin(same))
+    if shared == 0:
+        return None
+    trunk = shared - 1
+    ids = [chosen.input_ids, rejected.input_ids[trunk:]]
+    masks = [chosen.loss_mask, rejected.loss_mask[trunk:]]
+    return EncodedExample(
+        np.concatenate(ids), np.concatenate(masks), chosen.where, branch_starts=(trunk, len(chosen.input_ids))
+    )
+
+
+def split_pair(pair: EncodedExample) -> tuple[EncodedExample, EncodedExample]:
+    """The two whole conversations of a pair, chosen first: what `join_pair` joined."""
+    assert pair.branch_starts is not None
+    trunk, middle = pair.branch_starts
+    ends = ((trunk, middle), (middle, len(pair.input_ids)))
+
+    def take(start: int, end: int) -> EncodedExample:
+        ids = np.concatenate([pair.input_ids[:trunk], pair.input_ids[start:end]])
+        return EncodedExample(ids, np.concatenate([pair.loss_mask[:trunk], pair.loss_mask[start:end]]), pair.where)
+
+    return take(*ends[0]), take(*ends[1])
+
+
+def mismatch_pair(pair: EncodedExample, other: EncodedExample) -> EncodedExample:
+    """The prompt of one pair with the answers of another: what KTO estimates its reference point on."""
+    assert pair.branch_starts is not None
+    assert other.branch_starts is not None
+    trunk, start = pair.branch_starts[0], other.branch_starts[0]
+    ids, mask = other.input_ids[start:].copy(), other.loss_mask[start:]
+    for branch in other.branch_starts:
+        ids[branch - start] = pair.input_ids[trunk]  # each branch begins with the last token of its own prompt
+    return EncodedExample(
+        np.concatenate([pair.input_ids[:trunk], ids]),
+        np.concatenate([pair.loss_mask[:trunk], mask]),
+        pair.where,
+        branch_starts=(trunk, trunk + other.branch_starts[1] - start),
+    )
