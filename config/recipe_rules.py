@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from config.structured_config import Recipe, TrainingSection
+    from config.structured_config import MetricName, Recipe, TrainingSection
 
 
-PAIR_METRICS = ("preference_accuracy", "preference_accuracy_per_token", "reward_accuracy")
+PAIR_METRICS: tuple[MetricName, ...] = ("preference_accuracy", "preference_accuracy_per_token", "reward_accuracy")
 
 
 class RuleViolation(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,14 @@ class Batch:
         input_ids: int64, shape (rows, length).
         attention_mask: bool, shape (rows, length), True at real tokens; None where there is no padding.
         loss_mask: bool, shape (rows, length), True at learned tokens; never True in column 0.
-        position_ids: int64, shape (rows, length), restarting at each example of a packed row; None without packing.
+        position_ids: int64, shape (rows, length), restarting at each example of a packed row, and of pairs going on from the
+            trunk in both branches; None without either.
         lengths: int64, shape (rows,), real tokens of each row.
+        segments: of pairs, int8, shape (rows, length): 0 in the trunk, 1 and 2 in the chosen and the rejected branch, -1 in
+            the padding. A token sees those before it in the trunk and in its own segment. None without pairs.
+        reference: of pairs, float64, shape (rows, 2): the reference's log-probability of both answers in nats; None where
+            it is not known.
+        mismatched: of pairs under KTO, the same prompts with the answers of other rows.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -28,6 +34,9 @@ class Batch:
     loss_mask: npt.NDArray[np.bool_]
     position_ids: npt.NDArray[np.int64] | None
     lengths: npt.NDArray[np.int64]
+    segments: npt.NDArray[np.int8] | None = None
+    reference: npt.NDArray[np.float64] | None = None
+    mismatched: Batch | None = None
 
     @property
     def tokens(self) -> int:
@@ -82,7 +91,51 @@ def pad_rows(examples: Sequence[EncodedExample], pad_token_id: int) -> Batch:
         input_ids[row, : lengths[row]] = example.input_ids
         loss_mask[row, 1 : lengths[row]] = example.loss_mask[1:]
     real = np.arange(shape[1]) < lengths[:, None]
-    return Batch(input_ids, None if real.all() else real, loss_mask, None, lengths)
+    batch = Batch(input_ids, None if real.all() else real, loss_mask, None, lengths)
+    return batch if examples[0].branch_starts is None else add_branches(batch, examples, pad_token_id)
+
+
+def add_branches(batch: Batch, pairs: Sequence[EncodedExample], pad_token_id: int) -> Batch:
+    """Says which tokens of a padded batch belong to which answer of each pair."""
+    segments = np.full(batch.input_ids.shape, -1, dtype=np.int8)
+    positions = np.zeros(batch.input_ids.shape, dtype=np.int64)
+    for row, pair in enumerate(pairs):
+        assert pair.branch_starts is not None
+        (chosen, rejected), length = pair.branch_starts, len(pair.input_ids)
+        for segment, (start, end) in enumerate(((0, chosen), (chosen, rejected), (rejected, length))):
+            segments[row, start:end] = segment
+        positions[row, :rejected] = np.arange(rejected)
+        positions[row, rejected:length] = np.arange(chosen, chosen + length - rejected)
+    known = [pair.reference for pair in pairs if pair.reference is not None]
+    others = [pair.mismatched for pair in pairs if pair.mismatched is not None]
+    return replace(
+        batch,
+        position_ids=positions,
+        segments=segments,
+        reference=np.array(known, dtype=np.float64) if known else None,
+        mismatched=pad_rows(others, pad_token_id) if others else None,
+    )
+
+
+def count_answer_tokens(batch: Batch) -> npt.NDArray[np.int64]:
+    """Learned tokens of the chosen and the rejected answer of each pair, shape (rows, 2)."""
+    assert batch.segments is not None
+    counts = [(batch.loss_mask & (batch.segments == branch)).sum(axis=1) for branch in (1, 2)]
+    return np.stack(counts, axis=1).astype(np.int64)
+
+
+def unroll_pairs(batch: Batch) -> Batch:
+    """Pairs as plain rows: the chosen conversation of each and then its rejected one, so learned tokens keep their order.
+
+    For models that cannot be told which tokens see each other; the prompt is then computed twice.
+    """
+    assert batch.segments is not None
+    sides = []
+    for ids, mask, segments in zip(batch.input_ids, batch.loss_mask, batch.segments, strict=True):
+        for branch in (1, 2):
+            own = (segments == 0) | (segments == branch)
+            sides.append(EncodedExample(ids[own], mask[own], ""))
+    return pad_rows(sides, 0)
 
 
 def pad_prompts_left(prompts: Sequence[npt.NDArray[np.int64]], pad_token_id: int) -> Batch:

@@ -6,13 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from config.recipe_rules import PAIR_METRICS
 from config.structured_config import MetricName, Recipe
 from utils.backends import Backend
 from utils.data_formats import Example
 from utils.exceptions import DataError
 from utils.inference import Responder, encode_prompts, make_settings
+from utils.methods.preference import Scorer, count_answers
 from utils.methods.sft import make_evaluation_batches
-from utils.metrics import BINARY, LOWER_IS_BETTER, Comparison, compare_losses, compare_scores, score_answers
+from utils.metrics import (
+    LOWER_IS_BETTER,
+    ON_ANSWERS,
+    Comparison,
+    compare_losses,
+    compare_scores,
+    score_answers,
+    score_preferences,
+)
 from utils.model_source import ModelSource
 from utils.preflight import Preflight
 from utils.progress import Progress
@@ -28,7 +41,7 @@ class Evaluation:
     Attributes:
         comparisons: each metric before and after.
         base_answers, tuned_answers: generated answers, row by row; empty where no metric needs them.
-        base_scores, tuned_scores: 0/1 of the first metric on answers, row by row.
+        base_scores, tuned_scores: 0/1 of the first metric on generated answers, row by row.
     """
 
     comparisons: dict[MetricName, Comparison]
@@ -53,23 +66,26 @@ def evaluate_run(
     if not preflight.data.evaluation:
         where = loaded.find_origin("data.eval_fraction")
         raise DataError("there are no held-out rows to evaluate on", where=where, fix="set data.eval", code="no-eval")
-    metrics = recipe.evaluation.metrics
     base = backend.load_model(source, recipe)
-    base_losses, base_answers = measure(backend, base, preflight, examples, source)
+    before = measure(backend, base, preflight, examples, source)
     tuned = load_trained_model(backend, base, recipe, folder)
-    tuned_losses, tuned_answers = measure(backend, tuned, preflight, examples, None)
+    after = measure(backend, tuned, preflight, examples, None)
     comparisons: dict[MetricName, Comparison] = {}
     base_scores: list[float] = []
     tuned_scores: list[float] = []
-    for name in metrics:
+    for name in recipe.evaluation.metrics:
         if name in LOWER_IS_BETTER:
-            comparisons[name] = compare_losses(base_losses, tuned_losses, perplexity=name == "perplexity")
-            continue
-        scores = [score_answers(name, examples, answers) for answers in (base_answers, tuned_answers)]
-        comparisons[name] = compare_scores(*scores)
-        if not base_scores:
-            base_scores, tuned_scores = scores
-    return Evaluation(comparisons, base_answers, tuned_answers, base_scores, tuned_scores)
+            comparisons[name] = compare_losses(before.losses, after.losses, perplexity=name == "perplexity")
+        elif name in PAIR_METRICS:
+            tokens = count_answers(preflight.data.evaluation)
+            shares = [score_preferences(name, side.pairs, tokens, before.pairs) for side in (before, after)]
+            comparisons[name] = compare_scores(*shares)
+        else:
+            scores = [score_answers(name, examples, side.answers) for side in (before, after)]
+            comparisons[name] = compare_scores(*scores)
+            if not base_scores:
+                base_scores, tuned_scores = scores
+    return Evaluation(comparisons, before.answers, after.answers, base_scores, tuned_scores)
 
 
 def load_trained_model(backend: Backend, base: Any, recipe: Recipe, folder: RunFolder) -> Any:
@@ -79,10 +95,25 @@ def load_trained_model(backend: Backend, base: Any, recipe: Recipe, folder: RunF
     return backend.load_model(ModelSource(str(folder.model), folder.model, {}), recipe)
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What one model did; each part is empty unless a metric needs it.
+
+    Attributes:
+        losses: sum of nats and learned tokens of each held-out row; of a pair, of its chosen answer.
+        answers: generated answers, row by row.
+        pairs: log-probability of both answers of each pair in nats, shape (pairs, 2).
+    """
+
+    losses: RowLosses
+    answers: list[str]
+    pairs: npt.NDArray[np.float64]
+
+
 def measure(
     backend: Backend, model: Any, preflight: Preflight, examples: Sequence[Example], base_source: ModelSource | None
-) -> tuple[RowLosses, list[str]]:
-    """Losses and answers of one model, each only if a metric needs it.
+) -> Measurement:
+    """What one model does on the held-out rows, as far as a metric needs it.
 
     Args:
         base_source: set for the untouched model, whose greedy answers are cached.
@@ -91,10 +122,15 @@ def measure(
     metrics, size = recipe.evaluation.metrics, recipe.evaluation.batch_size
     who = "untouched" if base_source else "trained"
     losses: RowLosses = []
-    if any(name in LOWER_IS_BETTER for name in metrics):
+    pairs = np.zeros((0, 2))
+    if recipe.training.learns_pairs:
+        held_out = preflight.data.evaluation
+        pairs = make_scorer(backend, model, preflight).score(held_out, f"Held-out pairs, {who} model")
+        losses = list(zip((-pairs[:, 0]).tolist(), count_answers(held_out)[:, 0].tolist(), strict=True))
+    elif any(name in LOWER_IS_BETTER for name in metrics):
         losses = measure_losses(backend, model, preflight, size, f"Held-out loss of the {who} model")
     answers: list[str] = []
-    if any(name in BINARY for name in metrics):
+    if any(name in ON_ANSWERS for name in metrics):
         prompts = encode_prompts(preflight.tokenizer, examples)
         settings = make_settings(preflight.tokenizer, recipe.generation)
         responder = Responder(backend, model, preflight.tokenizer, settings, size)
@@ -102,7 +138,13 @@ def measure(
             answers = responder.answer_as_base(base_source, prompts)
         else:
             answers = responder.answer(prompts, "Answers of the trained model")
-    return losses, answers
+    return Measurement(losses, answers, pairs)
+
+
+def make_scorer(backend: Backend, model: Any, preflight: Preflight) -> Scorer:
+    """The model as a scorer of pairs."""
+    size, pad = preflight.loaded.recipe.evaluation.batch_size, preflight.tokenizer.tokenizer.pad_token_id
+    return Scorer(backend, model, max(1, size // 2), pad)  # a pair has two answers
 
 
 def measure_losses(backend: Backend, model: Any, preflight: Preflight, batch_size: int, title: str) -> RowLosses:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
+from config.recipe_rules import PAIR_METRICS
 from config.structured_config import MetricName
 from utils.data_formats import Example
 from utils.sql_execution import execution_match
@@ -16,12 +17,16 @@ from utils.sql_execution import execution_match
 RESAMPLES = 10_000
 MIN_ROWS = 5  # a bootstrap over one row has an interval of width 0
 LOWER_IS_BETTER: tuple[MetricName, ...] = ("loss", "perplexity")
-BINARY: tuple[MetricName, ...] = ("exact_match", "execution_accuracy")
+ON_ANSWERS: tuple[MetricName, ...] = ("exact_match", "execution_accuracy")
+BINARY: tuple[MetricName, ...] = (*ON_ANSWERS, *PAIR_METRICS)
 TITLES: dict[MetricName, str] = {
     "loss": "held-out loss (nats per token)",
     "perplexity": "held-out perplexity",
     "exact_match": "exact match",
     "execution_accuracy": "execution accuracy",
+    "preference_accuracy": "preference accuracy (chosen answer likelier)",
+    "preference_accuracy_per_token": "preference accuracy per token",
+    "reward_accuracy": "reward accuracy (50 % before, by definition)",
 }
 Floats = npt.NDArray[np.float64]
 
@@ -69,8 +74,30 @@ def score_answers(metric: MetricName, examples: Sequence[Example], answers: Sequ
     ]
 
 
+def score_preferences(
+    metric: MetricName, log_probs: Floats, tokens: npt.NDArray[np.int64], base_log_probs: Floats
+) -> list[float]:
+    """1.0 for each pair in which the chosen answer wins, 0.5 for a tie, else 0.0.
+
+    What wins: under preference_accuracy the answer of higher log-probability, the same question to both models. It leans to
+    short answers, so preference_accuracy_per_token divides by the tokens. reward_accuracy asks which answer training has
+    raised more (DPO's implicit reward, arXiv 2305.18290, section 4), and the untouched model ties with itself everywhere.
+
+    Args:
+        log_probs: by the model in question, in nats, shape (pairs, 2), the chosen answers first.
+        tokens: of each answer, shape (pairs, 2).
+        base_log_probs: by the untouched model.
+    """
+    scores = {
+        "preference_accuracy": log_probs,
+        "preference_accuracy_per_token": log_probs / tokens,
+        "reward_accuracy": log_probs - base_log_probs,
+    }[metric]
+    return [float(share) for share in (np.sign(scores[:, 0] - scores[:, 1]) + 1) / 2]
+
+
 def compare_scores(base: Sequence[float], tuned: Sequence[float]) -> Comparison:
-    """Compares 0/1 scores: Wilson intervals for the values, a paired bootstrap for the difference."""
+    """Compares scores of 0, 1, or 0.5 for a tie: Wilson intervals for the values, a paired bootstrap for the difference."""
     rows = len(base)
     low, high = bootstrap_difference(np.array(base), np.array(tuned), np.ones(rows), exponentiate=False)
     values = sum(base) / rows, sum(tuned) / rows

@@ -171,7 +171,7 @@ def plot_loss(folder: RunFolder) -> Path:
     )
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="#d62728", marker="o", label="held-out loss")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", ylim=(0, None))
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per learned token; of pairs, the method's)", ylim=(0, None))
     axes.legend(frameon=False)
     target = folder.path / "loss.png"
     figure.savefig(target, dpi=120)

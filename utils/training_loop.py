@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,23 +28,38 @@ from utils.tracking import Tracker
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """What an evaluation on held-out rows measured.
+
+    Attributes:
+        loss: mean loss, in nats per token where tokens are learned.
+        numbers: what a method measures besides, by name.
+    """
+
+    loss: float
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LoopParts:
     """What the loop works with; every part can be replaced by another with the same shape.
 
     Attributes:
         step: takes one optimizer step.
-        evaluate: mean held-out loss in nats per token, or None where no rows are held out.
+        evaluate: measures the held-out rows, or None where no rows are held out.
         save_weights: writes the trained weights into a folder.
+        find_warning: (step, its result) → what is wrong with a young run, in words, or None.
     """
 
     step: TrainStep
     batches: SftBatches
     plan: RunPlan
     training: TrainingSection
-    evaluate: Callable[[], float] | None
+    evaluate: Callable[[], HeldOut] | None
     save_weights: Callable[[Path], None]
     folder: RunFolder
     tracker: Tracker
+    find_warning: Callable[[int, StepResult], str | None] | None = None
 
 
 @dataclass
@@ -55,6 +70,7 @@ class TrainingState:
     tokens: int = 0
     supervised_tokens: int = 0
     loss_sum: float = 0.0
+    loss_terms: int = 0
     last_loss: float = math.nan
     seconds: float = 0.0
     time_to_first_step_s: float = math.nan
@@ -144,9 +160,12 @@ def take_step(parts: LoopParts, state: TrainingState, micro_batches: Sequence[Ba
         "tokens": result.tokens,
         "supervised_tokens": result.supervised_tokens,
         "tokens_per_second": result.tokens / seconds,
+        **result.numbers,
     }
     parts.folder.append_metrics(row)
     parts.tracker.log(state.step, {f"train/{name}": value for name, value in row.items() if name != "step"})
+    if parts.find_warning and (warning := parts.find_warning(state.step, result)):
+        get_logger().warning("Step %d: %s", state.step, warning)
 
 
 def update_state(state: TrainingState, result: StepResult, seconds: float) -> None:
@@ -154,7 +173,8 @@ def update_state(state: TrainingState, result: StepResult, seconds: float) -> No
     state.step += 1
     state.tokens += result.tokens
     state.supervised_tokens += result.supervised_tokens
-    state.loss_sum += result.loss * result.supervised_tokens
+    state.loss_sum += result.loss * result.terms
+    state.loss_terms += result.terms
     state.last_loss = result.loss
     state.seconds += seconds
 
@@ -163,10 +183,12 @@ def run_evaluation(parts: LoopParts, state: TrainingState) -> None:
     """Measures the held-out loss, remembers the best, and decides on early stopping."""
     if parts.evaluate is None:
         return
-    loss = parts.evaluate()
+    held_out = parts.evaluate()
+    loss = held_out.loss
     state.eval_loss, state.evaluated_at = loss, state.step
-    parts.folder.append_metrics({"step": state.step, "eval_loss": loss})
-    parts.tracker.log(state.step, {"eval/loss": loss})
+    numbers = {"loss": loss, **held_out.numbers}
+    parts.folder.append_metrics({"step": state.step, **{f"eval_{name}": value for name, value in numbers.items()}})
+    parts.tracker.log(state.step, {f"eval/{name}": value for name, value in numbers.items()})
     if loss < state.best_loss - parts.training.early_stopping_threshold:
         state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
     else:

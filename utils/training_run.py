@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,18 @@ from utils import workload
 from utils.backends import Backend, MachineFacts
 from utils.checkpoint import STATE, write_folder_atomically
 from utils.cli import STARTED
-from utils.evaluation import compute_mean_loss, measure_losses
+from utils.evaluation import compute_mean_loss, make_scorer, measure_losses
 from utils.exceptions import TunebookError
 from utils.logging import add_log_file, get_logger, hide_secrets
+from utils.methods.preference import PreferenceWatch, ReferenceCache, measure_held_out, reference_pairs
 from utils.methods.sft import SftBatches
+from utils.piece_encoder import EncodedExample
 from utils.preflight import Preflight
 from utils.prepared_data import hash_sources
 from utils.report import plot_loss
 from utils.run_folder import RunFolder, collect_versions, find_git_state, mark_latest
 from utils.tracking import Tracker
-from utils.training_loop import LoopParts, TrainingState, train
+from utils.training_loop import HeldOut, LoopParts, TrainingState, train
 
 RESULTS = (
     "steps",
@@ -94,18 +97,19 @@ def make_parts(run: PreparedRun, tracker: Tracker) -> LoopParts:
     """Wires the recipe's parts together for the loop."""
     recipe, data, tokenizer = run.loaded.recipe, run.preflight.data, run.preflight.tokenizer.tokenizer
     micro_batch_size = recipe.training.micro_batch_size
+    examples: Sequence[EncodedExample] = data.train
+    evaluate, watch = make_evaluate(run), None
+    if recipe.training.learns_pairs:
+        examples, evaluate = prepare_pairs(run)
+        watch = PreferenceWatch(recipe, run.backend.describe_machine(run.model).dtype).find_warning
     batches = SftBatches(
-        examples=data.train,
+        examples=examples,
         batch_size=recipe.training.batch_size,
         micro_batch_size=micro_batch_size if isinstance(micro_batch_size, int) else 1,
         pad_token_id=tokenizer.pad_token_id,
         pack_length=recipe.data.max_length if recipe.training.packing else None,
         seed=recipe.seed,
     )
-
-    def evaluate() -> float:
-        size = recipe.evaluation.batch_size
-        return compute_mean_loss(measure_losses(run.backend, run.model, run.preflight, size, "Held-out loss"))
 
     def save_weights(target: Path) -> None:
         run.backend.save_weights(run.model, target)
@@ -120,7 +124,40 @@ def make_parts(run: PreparedRun, tracker: Tracker) -> LoopParts:
         save_weights=save_weights,
         folder=run.folder,
         tracker=tracker,
+        find_warning=watch,
     )
+
+
+def make_evaluate(run: PreparedRun) -> Callable[[], HeldOut]:
+    """The held-out loss in nats per token."""
+
+    def evaluate() -> HeldOut:
+        size = run.loaded.recipe.evaluation.batch_size
+        return HeldOut(compute_mean_loss(measure_losses(run.backend, run.model, run.preflight, size, "Held-out loss")))
+
+    return evaluate
+
+
+def prepare_pairs(run: PreparedRun) -> tuple[Sequence[EncodedExample], Callable[[], HeldOut]]:
+    """Training pairs with what their method needs of the reference, and the measurement of the held-out ones.
+
+    Must be called before the first step: until then, the model is its own reference.
+    """
+    recipe, preflight = run.loaded.recipe, run.preflight
+    machine = run.backend.describe_machine(run.model)
+    scorer = make_scorer(run.backend, run.model, preflight)
+    key = preflight.data.key
+    cache = ReferenceCache(preflight.source, recipe, key, (machine.device, machine.dtype))
+    training = reference_pairs(recipe, scorer, cache, preflight.data.train, "training")
+    if not preflight.data.evaluation:
+        return training, make_evaluate(run)
+    held_out = reference_pairs(recipe, scorer, cache, preflight.data.evaluation, "held-out")
+
+    def evaluate() -> HeldOut:
+        numbers = measure_held_out(recipe, scorer, held_out)
+        return HeldOut(numbers.pop("loss"), numbers)
+
+    return training, evaluate
 
 
 def log_start(run: PreparedRun) -> None:
@@ -198,7 +235,7 @@ def summarise(run: PreparedRun, state: TrainingState) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "memory_error": predicted.total / peak - 1 if predicted else None,
         "time_to_first_step_s": state.time_to_first_step_s,
-        "train_loss": state.loss_sum / state.supervised_tokens,
+        "train_loss": state.loss_sum / state.loss_terms,
         "eval_loss": state.eval_loss,
         "best_step": state.best_step,
         "best_eval_loss": state.best_loss if math.isfinite(state.best_loss) else None,

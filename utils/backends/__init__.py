@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -27,16 +27,43 @@ class StepResult:
     """What one optimizer step measured.
 
     Attributes:
-        loss: mean negative log-likelihood of the step's supervised tokens, in nats.
+        loss: mean negative log-likelihood of the step's supervised tokens, in nats; of pairs, their mean loss.
         gradient_norm: L2 norm over all trainable tensors, before clipping.
-        tokens: real tokens, padding not counted.
-        supervised_tokens: tokens that the loss is a mean over.
+        tokens: real tokens, padding not counted; of a pair the prompt counts once.
+        supervised_tokens: tokens that are learned.
+        pairs: pairs that the loss is a mean over; 0 where it is a mean over the supervised tokens.
+        numbers: what a method measures besides, by name: `margin`, `accuracy`, `chosen_reward`, `rejected_reward` of pairs.
     """
 
     loss: float
     gradient_norm: float
     tokens: int
     supervised_tokens: int
+    pairs: int = 0
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def terms(self) -> int:
+        """What the loss is a mean over."""
+        return self.pairs or self.supervised_tokens
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Log-probabilities of pairs in nats, each of shape (pairs, 2), the chosen answers first.
+
+    Attributes:
+        policy: by the model in question.
+        tokens: learned tokens of each answer.
+        reference: by the reference; None for methods without one.
+        mismatched, mismatched_reference: under KTO, of the same prompts with the answers of other rows.
+    """
+
+    policy: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.int64]
+    reference: npt.NDArray[np.float64] | None = None
+    mismatched: npt.NDArray[np.float64] | None = None
+    mismatched_reference: npt.NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +149,14 @@ class Backend(Protocol):
         self, model: Any, batches: Sequence[Batch], on_batch: Callable[[int], None] = ignore
     ) -> list[tuple[float, int]]:
         """Sum of the negative log-likelihood in nats, and supervised tokens, of every row in order."""
+
+    def score_pairs(
+        self, model: Any, batches: Sequence[Batch], on_batch: Callable[[int], None] = ignore
+    ) -> npt.NDArray[np.float64]:
+        """Log-probability of both answers of each pair in nats, in order, shape (pairs, 2)."""
+
+    def compare_pairs(self, recipe: Recipe, scores: PairScores) -> dict[str, float]:
+        """`loss`, `margin`, `accuracy`, `chosen_reward`, `rejected_reward`: means over the pairs, as a step computes them."""
 
     def compute_logits(self, model: Any, batch: Batch) -> npt.NDArray[np.float32]:
         """Logits at every real position, shape (tokens, vocabulary)."""

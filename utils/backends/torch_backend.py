@@ -23,6 +23,8 @@ from utils.backends.torch_generation import generate as generate
 from utils.backends.torch_generation import stream as stream
 from utils.backends.torch_losses import compute_token_losses
 from utils.backends.torch_model import TorchModel, run_side_by_side
+from utils.backends.torch_preference import compare_pairs as compare_pairs
+from utils.backends.torch_preference import score_pairs as score_pairs
 from utils.backends.torch_step import make_step as make_step
 from utils.batching import Batch
 from utils.device_manager import DeviceManager

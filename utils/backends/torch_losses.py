@@ -1,12 +1,40 @@
-"""Batches → losses on torch: one forward pass, the head only where a token is learned."""
+"""Batches → losses on torch: one forward pass, the head only where a token is learned; and what methods make of it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch import nn
 from torch.nn import functional
 
+from config.structured_config import DpoSection, KtoSection, OrpoSection
 from utils.backends.torch_model import TorchModel
-from utils.batching import Batch
+from utils.batching import Batch, count_answer_tokens, unroll_pairs
+
+# Architectures that take positions and a mask for each row as they are given (tests/backends/test_torch_preference.py).
+TREE_MODELS = ("gpt2", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class PairTerms:
+    """What every loss over pairs is made of; each has the shape (pairs, 2), the chosen answers first.
+
+    Attributes:
+        policy: the trained model's log-probability of an answer, the sum over its tokens, in nats.
+        tokens: of the answer.
+        reference: the reference's log-probability; None where the method needs none.
+    """
+
+    policy: torch.Tensor
+    tokens: torch.Tensor
+    reference: torch.Tensor | None
+
+    @property
+    def ratios(self) -> torch.Tensor:
+        """log policy / reference of each answer."""
+        assert self.reference is not None
+        return self.policy - self.reference
 
 
 def compute_token_losses(model: TorchModel, batch: Batch) -> torch.Tensor:
@@ -14,16 +42,23 @@ def compute_token_losses(model: TorchModel, batch: Batch) -> torch.Tensor:
 
     The head runs only at the positions whose next token is supervised: with short answers that is most of its cost saved.
 
+    Of a pair these are the tokens of its chosen and then those of its rejected answer; the prompt that they share is computed
+    once where the model allows it (`shares_prompts`).
+
     Returns:
         float32 nats, shape (supervised_tokens,).
     """
     device = model.accelerator.device
+    if batch.segments is not None and not shares_prompts(model.network):
+        batch = unroll_pairs(batch)
     loss_mask = torch.from_numpy(batch.loss_mask)
     predicts_next = torch.zeros_like(loss_mask)
     predicts_next[:, :-1] = loss_mask[:, 1:]
     input_ids = torch.from_numpy(batch.input_ids)
     extra = {}
-    if batch.attention_mask is not None:
+    if batch.segments is not None:
+        extra["attention_mask"] = build_tree_mask(torch.from_numpy(batch.segments).to(device))
+    elif batch.attention_mask is not None:
         extra["attention_mask"] = torch.from_numpy(batch.attention_mask).to(device)
     if batch.position_ids is not None:
         # transformers builds the block-diagonal mask from restarting positions only when no attention mask is passed.
@@ -33,3 +68,94 @@ def compute_token_losses(model: TorchModel, batch: Batch) -> torch.Tensor:
     ).logits
     targets = input_ids[loss_mask].to(device)
     return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def shares_prompts(network: nn.Module) -> bool:
+    """True where one row can hold a pair: full attention that honours a mask of its own and positions that restart.
+
+    A window counts back over columns, of which the other answer takes some, so such models see two plain rows instead.
+    """
+    settings = network.config.to_dict()
+    layers = set(settings.get("layer_types") or ["full_attention"])
+    has_window = settings.get("sliding_window") is not None and settings.get("use_sliding_window", True)
+    attention = network.config._attn_implementation
+    is_known = settings.get("model_type") in TREE_MODELS and attention == "sdpa"
+    return is_known and layers == {"full_attention"} and not has_window
+
+
+def build_tree_mask(segments: torch.Tensor) -> torch.Tensor:
+    """Which tokens see which: those before them in the trunk and in their own branch (arXiv 2410.20305, section 3).
+
+    Args:
+        segments: as in `Batch`, shape (rows, length).
+
+    Returns:
+        bool, shape (rows, 1, length, length). Padding sees itself, for a row of nothing would have no softmax.
+    """
+    query, key = segments[:, :, None], segments[:, None, :]
+    return torch.tril((key == 0) | (key == query))[:, None]
+
+
+def compute_pair_log_probs(model: TorchModel, batch: Batch) -> torch.Tensor:
+    """Log-probability of both answers of each pair: the sum over their tokens, in nats, float32, shape (pairs, 2)."""
+    parts = compute_token_losses(model, batch).split(count_answer_tokens(batch).reshape(-1).tolist())
+    return -torch.stack([part.sum() for part in parts]).view(-1, 2)
+
+
+def compute_sigmoid_losses(pairs: PairTerms, dpo: DpoSection) -> torch.Tensor:
+    """DPO: -log sigmoid of the reward margin (arXiv 2305.18290, equation 7), shape (pairs,).
+
+    With label smoothing e, a pair counts with 1 - e as it is and with e the other way round (conservative DPO, Mitchell 2023).
+    """
+    chosen, rejected = pairs.ratios.unbind(1)
+    margin = dpo.beta * (chosen - rejected)
+    agree, disagree = functional.logsigmoid(margin), functional.logsigmoid(-margin)
+    return -(1 - dpo.label_smoothing) * agree - dpo.label_smoothing * disagree
+
+
+def compute_hinge_losses(pairs: PairTerms, dpo: DpoSection) -> torch.Tensor:
+    """SLiC: what the reward margin lacks to 1 (arXiv 2305.10425, equation 1; with DPO's rewards arXiv 2309.06657), (pairs,)."""
+    chosen, rejected = pairs.ratios.unbind(1)
+    return functional.relu(1 - dpo.beta * (chosen - rejected))
+
+
+def compute_ipo_losses(pairs: PairTerms, dpo: DpoSection) -> torch.Tensor:
+    """IPO: squared distance of the margin to 1 / (2 beta) (arXiv 2310.12036, equation 17), shape (pairs,).
+
+    Log-ratios are means over an answer's tokens, as the authors confirmed to TRL: sums would punish long answers.
+    """
+    chosen, rejected = (pairs.ratios / pairs.tokens).unbind(1)
+    return (chosen - rejected - 1 / (2 * dpo.beta)).square()
+
+
+def compute_kto_losses(pairs: PairTerms, kto: KtoSection, reference_point: float) -> torch.Tensor:
+    """KTO (arXiv 2402.01306, equation 8), shape (pairs,): the mean of the chosen and the rejected answer of each pair.
+
+    Args:
+        reference_point: z0, the clamped estimate of the divergence from the reference over the step, without gradient.
+    """
+    chosen, rejected = pairs.ratios.unbind(1)
+    gain = 1 - torch.sigmoid(kto.beta * (chosen - reference_point))
+    loss = 1 - torch.sigmoid(kto.beta * (reference_point - rejected))
+    return (kto.desirable_weight * gain + kto.undesirable_weight * loss) / 2
+
+
+def compute_orpo_losses(pairs: PairTerms, orpo: OrpoSection) -> torch.Tensor:
+    """ORPO: likelihood of the chosen answer plus the odds ratio (arXiv 2403.07691, equations 3 to 7), shape (pairs,).
+
+    Probabilities are those of the geometric mean over an answer's tokens, so that odds of long answers stay finite.
+    """
+    chosen, rejected = (pairs.policy / pairs.tokens).unbind(1)
+    log_odds = (chosen - rejected) - (log_one_minus_exp(chosen) - log_one_minus_exp(rejected))
+    return -chosen - orpo.beta * functional.logsigmoid(log_odds)
+
+
+def log_one_minus_exp(values: torch.Tensor) -> torch.Tensor:
+    """log(1 - exp(x)) for x < 0, without cancellation on either side of -log 2 (Maechler 2012).
+
+    An answer of probability 1 is kept a hair below it: its odds would be infinite.
+    """
+    values = values.clamp(max=-1e-7)
+    near = torch.log(-torch.expm1(values.clamp(min=-1.0)))
+    far = torch.log1p(-torch.exp(values))
+    return torch.where(values > -0.6931472, near, far)

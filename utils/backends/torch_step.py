@@ -12,8 +12,8 @@ from torch import nn
 
 from config.structured_config import Recipe
 from utils.backends import StepResult
-from utils.backends.torch_losses import compute_token_losses
 from utils.backends.torch_model import TorchModel
+from utils.backends.torch_preference import Numbers, make_objective
 from utils.batching import Batch
 from utils.exceptions import TrainingError
 
@@ -43,6 +43,8 @@ class TorchTrainStep:
     def __init__(self, model: TorchModel, recipe: Recipe) -> None:
         self.model = model
         self.training = recipe.training
+        self.objective = make_objective(model, recipe)
+        self.sums: Numbers = {}
         self.parameters = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
         # Decay acts on matrices only: pulling biases and norms towards 0 has no regularising meaning.
         matrices = [parameter for parameter in self.parameters if parameter.ndim >= 2]
@@ -65,17 +67,19 @@ class TorchTrainStep:
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Takes one optimizer step.
 
-        The loss is the sum over all supervised tokens of the step divided by their number, so the result does not depend
-        on how the step was cut into micro-batches.
+        The loss is the sum over all supervised tokens (or pairs) of the step divided by their number, so the result does not
+        depend on how the step was cut into micro-batches.
 
         Raises:
             TrainingError: loss or gradient is not finite; the weights are as they were before the step.
         """
-        self.model.network.train()
         supervised = sum(batch.supervised_tokens for batch in micro_batches)
         if supervised == 0:
             raise TrainingError("a step has no supervised token", fix="run scripts/validate.py on the recipe")
-        loss = self._accumulate(micro_batches, supervised)
+        micro_batches = self.objective.prepare(micro_batches)
+        count = self.objective.count(micro_batches)
+        self.model.network.train()
+        loss = self._accumulate(micro_batches, count)
         limit = self.training.max_grad_norm or math.inf
         norm = float(self.model.accelerator.clip_grad_norm_(self.parameters, limit))
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -86,30 +90,42 @@ class TorchTrainStep:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(loss, norm, sum(batch.tokens for batch in micro_batches), supervised)
+        tokens = sum(batch.tokens for batch in micro_batches)
+        numbers = {name: value / count for name, value in self.sums.items()}
+        return StepResult(loss, norm, tokens, supervised, pairs=count if numbers else 0, numbers=numbers)
 
-    def _accumulate(self, micro_batches: Sequence[Batch], supervised: int) -> float:
-        """Adds up gradients and loss over the micro-batches, always in their order, whoever finishes first."""
+    def _accumulate(self, micro_batches: Sequence[Batch], count: int) -> float:
+        """Adds up gradients, loss and further sums over the micro-batches, always in their order, whoever finishes first."""
+        self.sums = {}
         if self.workers == 1:
             total = 0.0
             for batch in micro_batches:
                 if self.noise:
                     self.noise.lengths = torch.from_numpy(batch.lengths)
-                loss = compute_token_losses(self.model, batch).sum() / supervised
+                summed, numbers = self.objective.compute(batch)
+                loss = summed / count
                 self.model.accelerator.backward(loss)
                 total += float(loss.detach())
+                self._add(numbers)
             return total
 
-        def differentiate(batch: Batch) -> tuple[float, tuple[torch.Tensor, ...]]:
-            loss = compute_token_losses(self.model, batch).sum() / supervised
-            return float(loss.detach()), torch.autograd.grad(loss, self.parameters)
+        def differentiate(batch: Batch) -> tuple[float, Numbers, tuple[torch.Tensor, ...]]:
+            summed, numbers = self.objective.compute(batch)
+            loss = summed / count
+            return float(loss.detach()), numbers, torch.autograd.grad(loss, self.parameters)
 
         total = 0.0
-        for loss, gradients in self.pool.map(differentiate, micro_batches):
+        for loss, numbers, gradients in self.pool.map(differentiate, micro_batches):
             total += loss
+            self._add(numbers)
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return total
+
+    def _add(self, numbers: Numbers) -> None:
+        """Adds a micro-batch's sums to those of the step."""
+        for name, value in numbers.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
 
 def draws_random_numbers(network: nn.Module) -> bool:

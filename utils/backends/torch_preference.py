@@ -1,0 +1,214 @@
+"""What a step adds up, by method: token losses, or losses over pairs against a frozen reference."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from peft import PeftModel
+from torch import nn
+
+from config.structured_config import Recipe
+from utils.backends import PairScores, ignore
+from utils.backends.torch_losses import (
+    PairTerms,
+    compute_hinge_losses,
+    compute_ipo_losses,
+    compute_kto_losses,
+    compute_orpo_losses,
+    compute_pair_log_probs,
+    compute_sigmoid_losses,
+    compute_token_losses,
+)
+from utils.backends.torch_model import TorchModel, run_side_by_side
+from utils.batching import Batch, count_answer_tokens
+from utils.exceptions import RunError
+from utils.logging import get_logger
+
+Numbers = dict[str, float]
+
+
+class Objective(Protocol):
+    """What one optimizer step minimises: a sum over micro-batches, divided by one count over the whole step."""
+
+    def prepare(self, micro_batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Adds to the micro-batches what takes a look at the whole step, without gradient."""
+
+    def count(self, micro_batches: Sequence[Batch]) -> int:
+        """What the step's loss is a mean over."""
+
+    def compute(self, batch: Batch) -> tuple[torch.Tensor, Numbers]:
+        """Loss summed over what is counted, and further sums for the log."""
+
+
+class TokenObjective:
+    """Supervised fine-tuning: a mean over the supervised tokens of the step."""
+
+    def __init__(self, model: TorchModel) -> None:
+        self.model = model
+
+    def prepare(self, micro_batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Nothing to add."""
+        return micro_batches
+
+    def count(self, micro_batches: Sequence[Batch]) -> int:
+        """Supervised tokens."""
+        return sum(batch.supervised_tokens for batch in micro_batches)
+
+    def compute(self, batch: Batch) -> tuple[torch.Tensor, Numbers]:
+        """Negative log-likelihood in nats."""
+        return compute_token_losses(self.model, batch).sum(), {}
+
+
+class PairObjective:
+    """DPO, KTO and ORPO: a mean over the pairs of the step."""
+
+    def __init__(self, model: TorchModel, recipe: Recipe) -> None:
+        """Switches the model's own dropout off, and copies the model where the recipe asks for a second one."""
+        self.model = model
+        self.recipe = recipe
+        self.reference_point = 0.0
+        self.reference = recipe.dpo.reference if recipe.dpo else "precomputed"
+        silence_dropout(model.network)
+        self.frozen: TorchModel | None = None
+        if self.reference == "model":
+            network = copy.deepcopy(model.network).eval().requires_grad_(False)
+            self.frozen = replace(model, network=network)
+
+    def prepare(self, micro_batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Adds the reference's log-probabilities where they are computed in each step, and KTO's reference point."""
+        if self.frozen is not None:
+            micro_batches = add_references(self.frozen, micro_batches)
+        elif self.reference == "adapter_off":
+            assert isinstance(self.model.network, PeftModel)
+            # For the whole step at once: workers share the network, and a switch in one would hit the others.
+            with self.model.network.disable_adapter():
+                micro_batches = add_references(self.model, micro_batches)
+        if self.recipe.kto is not None:
+            mismatched = [batch.mismatched for batch in micro_batches if batch.mismatched is not None]
+            policy = score_pairs(self.model, mismatched)
+            self.reference_point = estimate_reference_point(policy, collect_references(mismatched))
+        return micro_batches
+
+    def count(self, micro_batches: Sequence[Batch]) -> int:
+        """Pairs."""
+        return sum(len(batch.lengths) for batch in micro_batches)
+
+    def compute(self, batch: Batch) -> tuple[torch.Tensor, Numbers]:
+        """Loss, margins and rewards, summed over the pairs."""
+        policy = compute_pair_log_probs(self.model, batch)
+        tokens = torch.from_numpy(count_answer_tokens(batch)).to(policy)
+        reference = None if batch.reference is None else torch.from_numpy(batch.reference).to(policy)
+        pairs = PairTerms(policy, tokens, reference)
+        losses = compute_pair_losses(self.recipe, pairs, self.reference_point)
+        return losses.sum(), sum_rewards(self.recipe, pairs)
+
+
+def make_objective(model: TorchModel, recipe: Recipe) -> Objective:
+    """What the recipe's method minimises."""
+    return PairObjective(model, recipe) if recipe.training.learns_pairs else TokenObjective(model)
+
+
+def silence_dropout(network: nn.Module) -> None:
+    """Switches the pretrained model's dropout off: reference and policy would otherwise differ by noise from the start.
+
+    GPT-2 brings 0.1. Dropout of the adapters stays: while they are zero it changes nothing.
+    """
+    found = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0 and "lora_dropout" not in name:
+            found.append(module.p)
+            module.p = 0.0
+        if isinstance(rate := vars(module).get("attention_dropout"), float) and rate > 0:
+            found.append(rate)
+            module.attention_dropout = 0.0
+    if found:
+        message = "The model's own dropout (%g) is off: the reference would otherwise differ by noise"
+        get_logger().info(message, max(found))
+
+
+def compute_pair_losses(recipe: Recipe, pairs: PairTerms, reference_point: float) -> torch.Tensor:
+    """The recipe's loss of each pair, shape (pairs,)."""
+    if recipe.kto is not None:
+        return compute_kto_losses(pairs, recipe.kto, reference_point)
+    if recipe.orpo is not None:
+        return compute_orpo_losses(pairs, recipe.orpo)
+    assert recipe.dpo is not None
+    losses = {"sigmoid": compute_sigmoid_losses, "ipo": compute_ipo_losses, "hinge": compute_hinge_losses}
+    return losses[recipe.dpo.loss](pairs, recipe.dpo)
+
+
+def compute_rewards(recipe: Recipe, pairs: PairTerms) -> torch.Tensor:
+    """Implicit rewards, shape (pairs, 2): beta x log-ratio to the reference; of ORPO beta x mean log-probability."""
+    if (orpo := recipe.orpo) is not None:
+        return orpo.beta * pairs.policy / pairs.tokens
+    section = recipe.dpo or recipe.kto
+    assert section is not None
+    return section.beta * pairs.ratios
+
+
+def sum_rewards(recipe: Recipe, pairs: PairTerms) -> Numbers:
+    """Sums over the pairs: margin, both rewards, and pairs whose chosen answer has the larger one; a tie counts half."""
+    rewards = compute_rewards(recipe, pairs).detach()
+    margins = rewards[:, 0] - rewards[:, 1]
+    return {
+        "margin": float(margins.sum()),
+        "accuracy": float((margins.sign() + 1).sum() / 2),
+        "chosen_reward": float(rewards[:, 0].sum()),
+        "rejected_reward": float(rewards[:, 1].sum()),
+    }
+
+
+def score_pairs(
+    model: TorchModel, batches: Sequence[Batch], on_batch: Callable[[int], None] = ignore
+) -> npt.NDArray[np.float64]:
+    """Log-probability of both answers of each pair in nats, without gradient, in order, shape (pairs, 2)."""
+
+    def score(batch: Batch) -> npt.NDArray[np.float64]:
+        return np.asarray(compute_pair_log_probs(model, batch).cpu().numpy(), dtype=np.float64)
+
+    return np.concatenate([np.zeros((0, 2)), *run_side_by_side(model, score, batches, on_batch)])
+
+
+def add_references(model: TorchModel, micro_batches: Sequence[Batch]) -> list[Batch]:
+    """The micro-batches with log-probabilities of this model as their reference."""
+    scores = score_pairs(model, micro_batches)
+    ends = np.cumsum([len(batch.lengths) for batch in micro_batches])[:-1]
+    parts = np.split(scores, ends)
+    return [replace(batch, reference=part) for batch, part in zip(micro_batches, parts, strict=True)]
+
+
+def collect_references(batches: Sequence[Batch]) -> npt.NDArray[np.float64]:
+    """Reference log-probabilities of all batches, shape (pairs, 2)."""
+    return np.concatenate([np.zeros((0, 2)), *(batch.reference for batch in batches if batch.reference is not None)])
+
+
+def estimate_reference_point(policy: npt.NDArray[np.float64], reference: npt.NDArray[np.float64]) -> float:
+    """KTO's z0 in nats: the mean log-ratio over mismatched answers, never below 0 (arXiv 2402.01306, section 4)."""
+    return max(0.0, float((policy - reference).mean()))
+
+
+def compare_pairs(recipe: Recipe, scores: PairScores) -> dict[str, float]:
+    """Loss, margin, accuracy and rewards of scored pairs, each a mean over the pairs, by the formulas of the training step.
+
+    Raises:
+        RunError: there are no pairs.
+    """
+    if not len(scores.policy):
+        raise RunError("there are no pairs to compare", code="no-eval")
+    tensors = [None if each is None else torch.from_numpy(each) for each in (scores.policy, scores.reference)]
+    policy, reference = tensors
+    assert policy is not None
+    point = 0.0
+    if recipe.kto is not None:
+        assert scores.mismatched is not None
+        assert scores.mismatched_reference is not None
+        point = estimate_reference_point(scores.mismatched, scores.mismatched_reference)
+    pairs = PairTerms(policy, torch.from_numpy(scores.tokens).to(policy), reference)
+    loss = float(compute_pair_losses(recipe, pairs, point).mean())
+    return {"loss": loss, **{name: value / len(policy) for name, value in sum_rewards(recipe, pairs).items()}}

@@ -1,0 +1,255 @@
+"""Learning from pairs: what the reference thinks of them, how they are scored, and whether a young run does what it should."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from config.structured_config import Recipe
+from utils.backends import Backend, PairScores, StepResult
+from utils.batching import pad_rows
+from utils.exceptions import DataError, TrainingError
+from utils.methods.pairs import mismatch_pair
+from utils.model_source import ModelSource
+from utils.piece_encoder import EncodedExample
+from utils.progress import Progress
+from utils.token_cache import open_or_build
+
+Scores = npt.NDArray[np.float64]
+Pairs = Sequence[EncodedExample]
+FILE = "reference.f64"
+# A reference of this code and these libraries; another kernel may round otherwise.
+CODE = ("batching.py", "methods/pairs.py", "backends/torch_losses.py", "backends/torch_preference.py")
+LIBRARIES = ("torch", "transformers", "peft")
+LN_2 = math.log(2)
+# How far the first loss may lie from ln 2: rounding of sums over a few hundred tokens, times beta.
+ROUNDING = {"float32": 1e-5}
+COARSE_ROUNDING = 0.02
+YOUNG_STEPS = 20
+SMALLEST_MARGIN = 1e-3
+
+
+class ReferencedPairs(Sequence[EncodedExample]):
+    """Pairs with the reference's log-probabilities, and under KTO with mismatched answers."""
+
+    def __init__(self, pairs: Pairs, reference: Scores | None, mismatched_reference: Scores | None) -> None:
+        """Takes pairs and, each of shape (pairs, 2), what the reference gives to their own and to mismatched answers."""
+        self.pairs = pairs
+        self.reference = reference
+        self.mismatched_reference = mismatched_reference
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EncodedExample]: ...
+    def __getitem__(self, index: int | slice) -> EncodedExample | list[EncodedExample]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        pair = self.pairs[index]
+        if self.reference is not None:
+            pair = replace(pair, reference=tuple(self.reference[index].tolist()))
+        if self.mismatched_reference is None:
+            return pair
+        reference = tuple(self.mismatched_reference[index].tolist())
+        return replace(pair, mismatched=replace(make_mismatched(self.pairs, index), reference=reference))
+
+
+def make_mismatched(pairs: Pairs, index: int) -> EncodedExample:
+    """A pair's prompt with the answers of the pair before it; of the first with those of the last."""
+    return mismatch_pair(pairs[index], pairs[index - 1])
+
+
+class MismatchedPairs(Sequence[EncodedExample]):
+    """Every prompt of a set with the answers of another row."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EncodedExample]: ...
+    def __getitem__(self, index: int | slice) -> EncodedExample | list[EncodedExample]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        return make_mismatched(self.pairs, index)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model that scores pairs.
+
+    Attributes:
+        batch_size: pairs of one forward pass.
+        pad_token_id: fills short rows.
+    """
+
+    backend: Backend
+    model: Any
+    batch_size: int
+    pad_token_id: int
+
+    def score(self, pairs: Pairs, title: str) -> Scores:
+        """Log-probability of both answers of each pair in nats, shape (pairs, 2), in the order of the pairs.
+
+        Raises:
+            TrainingError: one of them is not finite.
+        """
+        # Pairs of like length share a forward pass, and then return to their order.
+        order = np.argsort([-len(pair.input_ids) for pair in pairs], kind="stable")
+        starts = range(0, len(order), self.batch_size)
+        groups = [order[start : start + self.batch_size] for start in starts]
+        batches = [pad_rows([pairs[int(index)] for index in group], self.pad_token_id) for group in groups]
+        with Progress(title, len(pairs), "pairs") as progress:
+            sorted_scores = self.backend.score_pairs(self.model, batches, progress.advance)
+        scores = np.empty_like(sorted_scores)
+        scores[order] = sorted_scores
+        if (wrong := np.flatnonzero(~np.isfinite(scores).all(axis=1))).size:
+            message = "the model gives an answer a log-probability that is not finite"
+            fix = "set model.dtype: float32, or look at the row"
+            raise TrainingError(message, where=pairs[int(wrong[0])].where, fix=fix, code="not-finite")
+        return scores
+
+
+@dataclass(frozen=True)
+class ReferenceCache:
+    """Where the reference's log-probabilities are kept.
+
+    Attributes:
+        source: the untouched model.
+        recipe: says how it is loaded.
+        data_key: name of the pairs in the token cache.
+        machine: device and number format, on which the rounding depends.
+    """
+
+    source: ModelSource
+    recipe: Recipe
+    data_key: str
+    machine: tuple[str, str]
+
+    def open(self, scorer: Scorer, pairs: Pairs, name: str) -> Scores:
+        """Finds the scores of a set, or computes and keeps them; shape (pairs, 2).
+
+        Args:
+            scorer: the model before its first step: fresh adapters change nothing.
+            name: of the set, for the key and the progress bar.
+        """
+
+        def build(folder: Path) -> dict[str, Any]:
+            scores = scorer.score(pairs, f"Reference, {name} pairs")
+            scores.astype("<f8").tofile(folder / FILE)
+            return {"pairs": len(scores)}
+
+        folder, _ = open_or_build(self.make_key(name, len(pairs)), (FILE,), build)
+        return np.fromfile(folder / FILE, dtype="<f8").astype(np.float64).reshape(-1, 2)
+
+    def make_key(self, name: str, count: int) -> str:
+        """Names everything that a log-probability depends on."""
+        own = Path(__file__).parent.parent
+        weights = {source["source"]: source["weight"] for source in list_weights(self.recipe)}
+        facts = {
+            "weights": self.source.hash_weights(),
+            "model": self.recipe.model.model_dump(mode="json"),
+            "lora": self.recipe.lora.model_dump(mode="json") if self.recipe.lora else None,
+            "data": [self.data_key, name, count, weights, self.recipe.seed],
+            "machine": self.machine,
+            "code": [hashlib.sha256((own / path).read_bytes()).hexdigest() for path in CODE],
+            "versions": [importlib.metadata.version(library) for library in LIBRARIES],
+        }
+        return "reference-" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def list_weights(recipe: Recipe) -> list[dict[str, Any]]:
+    """Sources of a mixture with their weights: they decide which pairs an epoch sees, and in which order."""
+    train = recipe.model_dump(mode="json")["data"]["train"]
+    return [source for source in (train if isinstance(train, list) else [train]) if isinstance(source, dict)]
+
+
+def reference_pairs(recipe: Recipe, scorer: Scorer, cache: ReferenceCache, pairs: Pairs, name: str) -> ReferencedPairs:
+    """Adds to the pairs what the recipe's method needs of the reference.
+
+    Args:
+        name: `training` or `held-out`. Of held-out pairs the reference is always computed once.
+
+    Raises:
+        DataError: KTO has a single pair, so that there is no other answer to mismatch it with.
+    """
+    if recipe.orpo is not None:
+        return ReferencedPairs(pairs, None, None)
+    in_steps = recipe.dpo is not None and recipe.dpo.reference != "precomputed" and name == "training"
+    reference = None if in_steps else cache.open(scorer, pairs, name)
+    if recipe.kto is None:
+        return ReferencedPairs(pairs, reference, None)
+    if len(pairs) < 2:
+        fix = "add rows, or set training.method: dpo"
+        raise DataError(f"KTO needs two {name} pairs or more", where=pairs[0].where, fix=fix, code="few-rows")
+    return ReferencedPairs(pairs, reference, cache.open(scorer, MismatchedPairs(pairs), f"mismatched {name}"))
+
+
+def count_answers(pairs: Pairs) -> npt.NDArray[np.int64]:
+    """Learned tokens of the chosen and the rejected answer of each pair, shape (pairs, 2)."""
+    counts = []
+    for pair in pairs:
+        assert pair.branch_starts is not None
+        middle = pair.branch_starts[1]
+        counts.append([int(pair.loss_mask[:middle].sum()), int(pair.loss_mask[middle:].sum())])
+    return np.array(counts, dtype=np.int64).reshape(-1, 2)
+
+
+def measure_held_out(recipe: Recipe, scorer: Scorer, held_out: ReferencedPairs) -> dict[str, float]:
+    """Held-out `loss`, `margin`, `accuracy`, `chosen_reward`, `rejected_reward` of the model as it is now."""
+    mismatched = None
+    if held_out.mismatched_reference is not None:
+        mismatched = scorer.score(MismatchedPairs(held_out.pairs), "Held-out reference point")
+    scores = PairScores(
+        policy=scorer.score(held_out.pairs, "Held-out loss"),
+        tokens=count_answers(held_out.pairs),
+        reference=held_out.reference,
+        mismatched=mismatched,
+        mismatched_reference=held_out.mismatched_reference,
+    )
+    return scorer.backend.compare_pairs(recipe, scores)
+
+
+class PreferenceWatch:
+    """Says while a run is young that its first loss or its margins are not what they must be."""
+
+    def __init__(self, recipe: Recipe, dtype: str) -> None:
+        """Takes the recipe and the number format of the frozen weights."""
+        self.recipe = recipe
+        self.tolerance = ROUNDING.get(dtype, COARSE_ROUNDING)
+        self.largest_margin = 0.0
+
+    def find_warning(self, step: int, result: StepResult) -> str | None:
+        """What is wrong after a step, in words, or None.
+
+        Before the first update policy and reference are the same model, so every DPO margin is 0 and the loss ln 2: anything
+        else means that the reference is another model, or that noise is on in one of the two.
+        """
+        dpo = self.recipe.dpo
+        if dpo is None:
+            return None
+        if step == 1 and dpo.loss == "sigmoid" and abs(result.loss - LN_2) > self.tolerance:
+            return f"the first DPO loss is {result.loss:.6f} and not ln 2 = {LN_2:.6f}: the reference is not this model"
+        self.largest_margin = max(self.largest_margin, abs(result.numbers["margin"]))
+        if step == YOUNG_STEPS and self.largest_margin < SMALLEST_MARGIN:
+            return (
+                f"after {step} steps no margin exceeds {self.largest_margin:.1e}: nothing is learned yet; "
+                "raise training.learning_rate, or look at the two answers of the rows"
+            )
+        return None
