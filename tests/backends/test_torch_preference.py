@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections import defaultdict
 from dataclasses import replace
@@ -41,7 +43,7 @@ from utils.backends.torch_losses import (
     shares_prompts,
 )
 from utils.backends.torch_model import TorchModel
-from utils.backends.torch_preference import compute_pair_losses, score_pairs
+from utils.backends.torch_preference import compute_pair_losses, estimate_reference_point, score_pairs
 from utils.backends.torch_step import TorchTrainStep
 from utils.batching import Batch, make_micro_batches, pad_rows, unroll_pairs
 from utils.methods.pairs import join_pair, mismatch_pair, split_pair
@@ -98,11 +100,17 @@ def make_recipe(folder: Path | str, method: str = "dpo", *, with_lora: bool = Tr
     )
 
 
+@functools.cache
+def open_base(folder: Path) -> TorchModel:
+    """The untouched model, loaded once: each load measures the machine."""
+    return torch_backend.load_model(ModelSource(str(folder), folder, {}), make_recipe(folder))
+
+
 def load(folder: Path, recipe: Recipe, *, workers: int = 1, moved: bool = True) -> TorchModel:
     """A model with fresh adapters; `moved` makes it differ from its base, as after some training."""
+    base = open_base(folder)
     torch.manual_seed(1)
-    source = ModelSource(str(folder), folder, {})
-    model = torch_backend.attach_lora(torch_backend.load_model(source, recipe), recipe)
+    model = torch_backend.attach_lora(replace(base, network=copy.deepcopy(base.network)), recipe)
     for name, parameter in model.network.named_parameters():
         if moved and "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -257,52 +265,94 @@ class Outputs(dict[str, Any]):
     __getattr__ = dict.__getitem__
 
 
-def run_trl_loss(terms: PairTerms, loss_type: str, **settings: Any) -> torch.Tensor:
-    """TRL 1.16's own `DPOTrainer._compute_loss` on given log-probabilities, one answer a row, chosen ones first.
+class GivenModel:
+    """Stands where TRL's trainers expect a model and returns given log-probabilities: the formula is all that is compared."""
 
-    The model is a stand-in that returns them, so the formula is all that is compared.
-    """
+    training = True
+
+    def __init__(self, terms: PairTerms) -> None:
+        """Spreads the log-probability of each answer evenly over its tokens, one answer a row, the chosen ones first."""
+        counts = terms.tokens.T.reshape(-1, 1)
+        positions = torch.arange(int(counts.max()) + 1)
+        self.completion_mask = ((positions >= 1) & (positions <= counts)).long()
+        self.log_probs = (terms.policy.T.reshape(-1, 1) / counts) * self.completion_mask[:, 1:]
+
+    def __call__(self, **inputs: Any) -> Outputs:
+        zeros = torch.zeros_like(self.log_probs)
+        return Outputs(log_probs=self.log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+
+
+def make_trainer(model: GivenModel, **settings: Any) -> Any:
+    """What the loss functions of TRL's trainers read of their trainer."""
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), gather=lambda value: value, gather_for_metrics=lambda value: value
+    )
+    return SimpleNamespace(
+        model=model,
+        accelerator=accelerator,
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+        **settings,
+    )
+
+
+def run_trl_dpo(terms: PairTerms, loss_type: str, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
+    """TRL 1.16's own `DPOTrainer._compute_loss`."""
     from trl import DPOTrainer
 
-    length = int(terms.tokens.max())
-    counts = terms.tokens.T.reshape(-1, 1)
-    positions = torch.arange(length + 1)
-    completion_mask = ((positions >= 1) & (positions <= counts)).long()
-    flat = terms.policy.T.reshape(-1, 1)
-    per_token = (flat / counts) * completion_mask[:, 1:]
-    zeros = torch.zeros_like(per_token)
-    outputs = Outputs(log_probs=per_token, entropy=zeros, mean_logits=zeros, accuracies=zeros, correct=zeros)
-
-    class Model:
-        training = True
-
-        def __call__(self, **inputs: Any) -> Outputs:
-            return outputs
-
     assert terms.reference is not None
-    gathered: Any = SimpleNamespace(
-        model=Model(),
-        accelerator=SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda value: value),
-        aux_loss_enabled=False,
+    model = GivenModel(terms)
+    trainer = make_trainer(
+        model,
+        beta=beta,
+        label_smoothing=label_smoothing,
         ld_alpha=None,
-        precompute_ref_logps=True,
         f_divergence_type="reverse_kl",
         loss_types=[loss_type],
         loss_weights=[1.0],
         use_weighting=False,
-        _metrics={"train": defaultdict(list)},
-        _total_train_tokens=0,
-        _tp_size=1,
-        **{"label_smoothing": 0.0, **settings},
     )
     inputs = {
-        "input_ids": torch.zeros_like(completion_mask),
-        "attention_mask": torch.ones_like(completion_mask),
-        "completion_mask": completion_mask,
+        "input_ids": torch.zeros_like(model.completion_mask),
+        "attention_mask": torch.ones_like(model.completion_mask),
+        "completion_mask": model.completion_mask,
         "ref_chosen_logps": terms.reference[:, 0],
         "ref_rejected_logps": terms.reference[:, 1],
     }
-    loss: torch.Tensor = DPOTrainer._compute_loss(gathered, gathered.model, inputs, return_outputs=False)
+    loss: torch.Tensor = DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)
+    return loss
+
+
+def run_trl_kto(terms: PairTerms, divergences: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """TRL 1.16's own `KTOTrainer._compute_loss`.
+
+    Args:
+        divergences: log-ratio of each mismatched answer, before TRL's mean and clamp.
+    """
+    from trl import KTOTrainer
+
+    assert terms.reference is not None
+    model = GivenModel(terms)
+    trainer = make_trainer(
+        model,
+        loss_type="kto",
+        calculate_KL=True,
+        _compute_kl_logps=lambda model, batch: divergences + batch["ref_KL_logps"],
+        **settings,
+    )
+    pairs = len(terms.policy)
+    inputs = {
+        "input_ids": torch.zeros_like(model.completion_mask),
+        "attention_mask": torch.ones_like(model.completion_mask),
+        "completion_mask": model.completion_mask,
+        "label": torch.arange(2 * pairs) < pairs,
+        "ref_logps": terms.reference.T.reshape(-1),
+        "ref_KL_logps": torch.full_like(divergences, -7.0),
+    }
+    loss: torch.Tensor = KTOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)
     return loss
 
 
@@ -315,7 +365,7 @@ def test_dpo_losses_and_their_gradients_equal_those_of_trl(loss: str, function: 
     terms = make_terms()
     section = make_recipe("x", loss=loss, beta=beta).dpo
     ours = function(terms, section).mean()
-    theirs = run_trl_loss(terms, loss, beta=beta)
+    theirs = run_trl_dpo(terms, loss, beta)
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), abs=1e-9)
     gradients = [torch.autograd.grad(each, terms.policy)[0] for each in (ours, theirs)]
     assert gradients[1].abs().max() > 1e-4
@@ -334,7 +384,7 @@ def test_label_smoothing_is_a_mixture_of_both_directions() -> None:
     # TRL's `aot` on one pair is the same formula; on several it sorts, so the oracle is asked pair by pair.
     for row in range(len(terms.policy)):
         one = PairTerms(terms.policy[row : row + 1], terms.tokens[row : row + 1], terms.reference[row : row + 1])
-        theirs = run_trl_loss(one, "aot", beta=0.1, label_smoothing=0.2)
+        theirs = run_trl_dpo(one, "aot", 0.1, label_smoothing=0.2)
         torch.testing.assert_close(compute_sigmoid_losses(one, smooth)[0], theirs)
 
 
@@ -366,20 +416,21 @@ def test_log_one_minus_exp_is_exact_near_zero_and_far_from_it(value: float) -> N
     assert float(x.grad) == pytest.approx(-math.exp(value) / -math.expm1(value), rel=1e-6)
 
 
-def test_kto_equals_the_formula_of_trl_with_a_clamped_reference_point() -> None:
+@pytest.mark.parametrize("shift", [0.9, -5.0])
+def test_kto_losses_and_their_gradients_equal_those_of_trl(shift: float) -> None:
+    # At -5 the estimated divergence is negative, and both clamp it.
     terms = make_terms()
     kto = make_recipe("x", "kto", beta=0.2, desirable_weight=1.5, undesirable_weight=0.7).kto
     assert kto is not None
-    point = 0.8
-    # trl/trainer/kto_trainer.py, KTOTrainer._compute_loss: 1 - sigmoid(beta (ratio - kl)), weighted, nanmean over all answers.
-    chosen, rejected = terms.ratios.unbind(1)
-    theirs = torch.cat(
-        [
-            1.5 * (1 - torch.sigmoid(0.2 * (chosen - point))),
-            0.7 * (1 - torch.sigmoid(0.2 * (point - rejected))),
-        ]
-    ).nanmean()
-    torch.testing.assert_close(compute_kto_losses(terms, kto, point).mean(), theirs)
+    divergences = torch.randn(16, generator=torch.Generator().manual_seed(5)).double() + shift
+    reference = np.zeros((8, 2))
+    point = estimate_reference_point(divergences.view(8, 2).numpy(), reference)
+    ours = compute_kto_losses(terms, kto, point).mean()
+    theirs = run_trl_kto(terms, divergences, beta=0.2, desirable_weight=1.5, undesirable_weight=0.7)
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), abs=1e-9)
+    gradients = [torch.autograd.grad(each, terms.policy)[0] for each in (ours, theirs)]
+    assert gradients[1].abs().max() > 1e-4
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
@@ -397,7 +448,7 @@ def test_swapping_chosen_and_rejected_flips_the_sign_of_the_margin(folders: dict
     for each in (pairs, [swap(pair) for pair in pairs]):
         step = TorchTrainStep(model, recipe)
         margins.append(step.step([pad_rows(each, PAD)], 0.0).numbers["margin"])
-    assert abs(margins[0]) > 1e-3
+    assert abs(margins[0]) > 1e-4
     assert margins[0] == pytest.approx(-margins[1], rel=1e-4)
 
 
@@ -422,8 +473,9 @@ def test_the_number_of_workers_changes_no_bit(folders: dict[str, Path], method: 
     folder = folders["llama"]
     recipe = make_recipe(folder, method)
     batches = make_micro_batches(add_reference(folder, recipe, make_pairs(SHAPES)), 1, PAD)
+    models = [load(folder, recipe, workers=workers) for workers in (1, 2, 2)]
     torch.set_num_threads(1)
-    results = [differentiate(load(folder, recipe, workers=workers), recipe, batches) for workers in (1, 2, 2)]
+    results = [differentiate(model, recipe, batches) for model in models]
     for loss, gradients in results[1:]:
         assert loss == results[0][0]
         assert all(torch.equal(gradients[name], gradient) for name, gradient in results[0][1].items())
