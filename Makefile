@@ -37,7 +37,7 @@ merge: setup  ## merge the latest run, or RUN
 evaluate: setup  ## before/after report of the latest run, or of RUN
 	@$(PY) scripts/evaluate_run.py $(RUN_OPTION) $(ARGS)
 data: setup  ## generate the shipped text-to-SQL rows anew
-	@$(PY) data/text_to_sql/generate.py
+	@$(PY) data/text_to_sql/generate.py && $(PY) data/text_to_sql/generate_preference.py
 reference: setup  ## write docs/recipe_reference.md and the JSON Schema anew
 	@$(PY) scripts/write_reference.py
 clean:  ## remove .venv and caches; runs in outputs/ stay

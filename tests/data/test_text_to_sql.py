@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from data.text_to_sql.generate import EVAL_ROWS_PER_LEVEL, LEVELS, check_nothing_shared, describe_split
+from data.text_to_sql.generate_preference import FILES, FIRST_LEVEL, PAIRS_PER_LEVEL
 from data.text_to_sql.tables import read_domains
 from utils.sql_execution import execution_match, run_query
 
@@ -23,6 +24,10 @@ LITERAL = re.compile(r"'([^']+)'")
 
 def read_rows(split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (FOLDER / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def read_pairs(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (FOLDER / name).read_text(encoding="utf-8").splitlines()]
 
 
 def read_prompt(row: dict[str, Any]) -> str:
@@ -198,3 +203,39 @@ def test_rows_are_short() -> None:
     lengths = [len(read_prompt(row) + read_reference(row)) for row in TRAIN + EVAL]
     assert max(lengths) <= 310
     assert sum(lengths) / len(lengths) <= 170
+
+
+PAIRS = {split: read_pairs(name) for split, name in FILES.items()}
+
+
+def test_the_preference_generator_writes_the_committed_files_byte_for_byte(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "generate_preference.py"), "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    for name in FILES.values():
+        committed = (FOLDER / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == committed, f"run generate_preference.py: {name} is out of date"
+
+
+@pytest.mark.parametrize("split", FILES)
+def test_every_level_but_the_first_has_its_pairs_and_no_question_is_asked_twice(split: str) -> None:
+    levels = Counter(row["level"] for row in PAIRS[split])
+    assert levels == dict.fromkeys(range(FIRST_LEVEL, len(LEVELS) + 1), PAIRS_PER_LEVEL[split])
+    questions = [row["prompt"].splitlines()[-1] for row in PAIRS[split]]
+    known = [read_question(row) for row in TRAIN + EVAL]
+    assert len(set(questions)) == len(questions)
+    assert not set(questions) & set(known)
+
+
+def test_held_out_pairs_are_about_tables_that_no_training_pair_shows() -> None:
+    tables = {
+        split: {line for row in rows for line in row["prompt"].splitlines()[:-1]} for split, rows in PAIRS.items()
+    }
+    assert not tables["train"] & tables["eval"]
+
+
+def test_a_rejected_query_runs_and_gives_another_result() -> None:
+    for row in PAIRS["eval"]:
+        assert execution_match(row["chosen"], row["chosen"], row["database"])
+        assert run_query(row["rejected"], row["database"]) is not None
+        assert not execution_match(row["rejected"], row["chosen"], row["database"]), row["prompt"]
+    assert all(row["chosen"] != row["rejected"] for row in PAIRS["train"])
