@@ -83,6 +83,11 @@ def find_preference_violations(recipe: Recipe) -> Iterator[RuleViolation]:
                 message = f"{name} compares the two answers of a pair, and method {method} has no pairs"
                 yield RuleViolation(("evaluation", "metrics"), message, "remove it, or set training.method: dpo")
         return
+    if recipe.orpo is not None and "reward_accuracy" in recipe.evaluation.metrics:
+        message = (
+            "reward_accuracy compares with the untouched model, and orpo learns without one: by the token, not the sum"
+        )
+        yield RuleViolation(("evaluation", "metrics"), message, "name preference_accuracy_per_token instead")
     if training.packing:
         message = "a pair already shares one row between its two answers, and packing is not built for that"
         yield RuleViolation(("training", "packing"), message, "set packing: false")

@@ -1,0 +1,129 @@
+"""A whole run on pairs through the real scripts, on a tiny model: train, held-out numbers, report, and what is kept on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import evaluate_run, train
+from utils.exceptions import DataError, RecipeError
+
+pytestmark = pytest.mark.slow
+NUMBERS = ("margin", "accuracy", "chosen_reward", "rejected_reward")
+METRICS = ["preference_accuracy", "preference_accuracy_per_token", "reward_accuracy", "loss"]
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs land in a folder of their own, and so does the token cache; the tiny model needs no other."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUNEBOOK_CACHE", str(tmp_path / "cache"))
+
+
+def write_recipe(folder: Path, model: Path, method: str, *, pairs: int = 20, **sections: Any) -> Path:
+    """A recipe file whose rows prefer short answers."""
+    rows = [
+        {"prompt": f"What is {n} and {n}?", "chosen": f"{2 * n}.", "rejected": f"I think it is {2 * n + 1}, or so."}
+        for n in range(pairs)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe: dict[str, Any] = {
+        "model": {"name": str(model), "dtype": "float32"},
+        "data": {"train": str(folder / "pairs.jsonl"), "eval_fraction": 0.4},
+        "lora": {"r": 4},
+        "training": {"method": method, "batch_size": 4, "learning_rate": 5e-3, "max_steps": 6, "eval_every": 3},
+        "evaluation": {"metrics": METRICS},
+        **sections,
+    }
+    path = folder / f"{method}.yaml"
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    return path
+
+
+def read_metrics(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of the steps and of the evaluations."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
+def test_a_run_on_pairs_learns_the_preference_and_reports_it(tmp_path: Path, tiny_llama: Path, method: str) -> None:
+    run = tmp_path / "run"
+    names = [name for name in METRICS if method != "orpo" or name != "reward_accuracy"]
+    recipe = write_recipe(tmp_path, tiny_llama, method, evaluation={"metrics": names})
+    assert train.main(["--recipe", str(recipe), "--run", str(run)]) == 0
+    steps, evaluations = read_metrics(run)
+    assert [row["step"] for row in evaluations] == [3, 6]
+    for name in NUMBERS:
+        assert all(math.isfinite(row[name]) for row in steps)
+        assert all(math.isfinite(row[f"eval_{name}"]) for row in evaluations)
+    assert evaluations[-1]["eval_margin"] > evaluations[0]["eval_margin"]
+    if method == "dpo":
+        assert steps[0]["loss"] == pytest.approx(math.log(2), abs=5e-7)
+        assert evaluations[-1]["eval_accuracy"] > 0.9
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert facts["status"] == "finished"
+    assert facts["train_loss"] == pytest.approx(sum(row["loss"] for row in steps) / len(steps), rel=1e-6)
+    assert "not ln 2" not in (run / "log.txt").read_text(encoding="utf-8")
+
+    assert evaluate_run.main(["--run", str(run)]) == 0
+    metrics = json.loads((run / "report.json").read_text(encoding="utf-8"))["metrics"]
+    assert list(metrics) == names
+    if method == "orpo":
+        assert metrics["preference_accuracy_per_token"]["tuned"] >= metrics["preference_accuracy_per_token"]["base"]
+    else:
+        assert metrics["reward_accuracy"]["base"] == 0.5
+        assert metrics["reward_accuracy"]["tuned"] > 0.9
+    assert metrics["preference_accuracy"]["rows"] == 8
+    assert "preference accuracy" in (run / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_second_run_finds_the_reference_on_disk_and_repeats_every_number(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, "dpo")
+    written = []
+    for name in ("first", "second"):
+        assert train.main(["--recipe", str(recipe), "--run", str(tmp_path / name)]) == 0
+        kept = sorted((tmp_path / "cache" / "tokens").glob("reference-*/reference.f64"))
+        written.append({path: path.stat().st_mtime_ns for path in kept})
+    assert len(written[0]) == 2  # training and held-out pairs
+    assert written[1] == written[0]
+    first, second = (read_metrics(tmp_path / name) for name in ("first", "second"))
+    for one, other in zip(first[0] + first[1], second[0] + second[1], strict=True):
+        assert {**one, "tokens_per_second": 0} == {**other, "tokens_per_second": 0}
+
+
+def test_all_weights_can_be_trained_on_pairs(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, "dpo")
+    values = json.loads(recipe.read_text(encoding="utf-8"))
+    del values["lora"]
+    values["training"]["learning_rate"] = 1e-3
+    recipe.write_text(json.dumps(values), encoding="utf-8")
+    run = tmp_path / "run"
+    assert train.main(["--recipe", str(recipe), "--run", str(run)]) == 0
+    steps, evaluations = read_metrics(run)
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=5e-7)
+    assert evaluations[-1]["eval_loss"] < math.log(2)
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+def test_rows_with_one_answer_are_refused_under_dpo_and_pairs_under_sft(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, "dpo")
+    rows = tmp_path / "pairs.jsonl"
+    pairs = rows.read_text(encoding="utf-8")
+    rows.write_text(pairs + '{"prompt": "Hi", "completion": "Hello."}\n', encoding="utf-8")
+    with pytest.raises(RecipeError, match="1 rows have one answer"):
+        train.main(["--recipe", str(recipe)])
+    rows.write_text(pairs, encoding="utf-8")
+    plain = ["--set", "training.method=sft", "--set", "evaluation.metrics=[loss]"]
+    with pytest.raises(RecipeError, match="method sft learns one answer"):
+        train.main(["--recipe", str(recipe), *plain])
+
+
+def test_kto_needs_another_answer_to_mismatch(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, "kto", pairs=2)
+    with pytest.raises(DataError, match="two training pairs"):
+        train.main(["--recipe", str(recipe), "--run", str(tmp_path / "run")])
