@@ -30,6 +30,7 @@ from utils.model_source import ModelSource
 from utils.preflight import Preflight
 from utils.progress import Progress
 from utils.run_folder import RunFolder
+from utils.workload import count_scored_rows
 
 RowLosses = list[tuple[float, int]]
 
@@ -143,8 +144,8 @@ def measure(
 
 def make_scorer(backend: Backend, model: Any, preflight: Preflight) -> Scorer:
     """The model as a scorer of pairs."""
-    size, pad = preflight.loaded.recipe.evaluation.batch_size, preflight.tokenizer.tokenizer.pad_token_id
-    return Scorer(backend, model, max(1, size // 2), pad)  # a pair has two answers
+    size, pad = count_scored_rows(preflight.loaded.recipe), preflight.tokenizer.tokenizer.pad_token_id
+    return Scorer(backend, model, size, pad)
 
 
 def measure_losses(backend: Backend, model: Any, preflight: Preflight, batch_size: int, title: str) -> RowLosses:

@@ -106,12 +106,13 @@ def estimate_memory(
     fixed = 0 if on_cuda else LIBRARIES + FIRST_STEP
     stored = 2 * shape.parameters if stored_bytes is None else stored_bytes
     # Files in the run's own format are used where they are mapped; others stay mapped until every tensor is converted.
+    second = base + adapters if recipe.dpo and recipe.dpo.reference == "model" else 0
     copied = 0 if on_cuda or abs(stored - base) < base // 20 else stored
 
     def sum_up(phase: str, now: Buffers, resident: int) -> MemoryEstimate:
         parts = now.gradients, optimizer, now.activations, now.logits
         gaps = 0 if on_cuda else resident - now.gradients - now.activations - now.logits
-        return MemoryEstimate(base + adapters, *parts, fixed + gaps, phase)
+        return MemoryEstimate(base + adapters + second, *parts, fixed + gaps, phase)
 
     phases = [
         sum_up("training", training, training.heap + training.mapped),

@@ -18,7 +18,7 @@ LONG_STEP_S = 120.0
 CORE_FLOPS = 3.0e10  # operations in a second; the demo reaches 3.6e10 on each of two cores
 # Most parameters, learning rate with LoRA, learning rate with all weights (docs/design.md, section 7).
 LEARNING_RATES = ((1.25e9, 4e-4, 3e-5), (5e9, 3e-4, 2e-5), (15e9, 2e-4, 1e-5), (float("inf"), 1.3e-4, 5e-6))
-# The same for methods that learn from pairs: a tenth, for they only tilt what the model can do already.
+# The same for DPO and KTO, which only tilt what the model can do already; ORPO's loss is the supervised one and a term more.
 PAIR_LEARNING_RATES = ((1.25e9, 1.5e-5, 1e-6), (5e9, 1e-5, 7e-7), (15e9, 5e-6, 5e-7), (float("inf"), 3e-6, 2e-7))
 
 
@@ -168,7 +168,7 @@ def find_far_learning_rate(facts: Facts) -> str | None:
 
 def find_usual_rate(facts: Facts) -> float:
     """The table's learning rate."""
-    table = PAIR_LEARNING_RATES if facts.recipe.training.learns_pairs else LEARNING_RATES
+    table = PAIR_LEARNING_RATES if facts.recipe.training.method in ("dpo", "kto") else LEARNING_RATES
     _, lora, full = next(row for row in table if (facts.parameters or 0) <= row[0])
     return full if facts.recipe.lora is None else lora
 

@@ -77,6 +77,12 @@ def count_training_workers(recipe: Recipe, shape: ModelShape, machine: Machine) 
     return 1 if draws else machine.workers
 
 
+def count_scored_rows(recipe: Recipe) -> int:
+    """Held-out rows that are scored at once; a pair is one row with two answers."""
+    size = recipe.evaluation.batch_size
+    return max(1, size // 2) if recipe.training.learns_pairs else size
+
+
 def assume_workload(recipe: Recipe, shape: ModelShape, machine: Machine) -> Workload:
     """The most that a recipe allows, before its rows are known: every example as long as `max_length`, all of it learned."""
     count = max(recipe.training.batch_size, recipe.evaluation.batch_size * machine.workers)
@@ -119,7 +125,7 @@ def plan_workload(
         cost = sum(weigh(item, shape) for item in passes[:workers])
         if cost > worst[0]:
             worst = cost, Workload(tuple(passes[:workers]), len(passes), repeats_itself(passes, workers), ())
-    evaluation = cut_passes(*held_out, recipe.evaluation.batch_size)[: machine.workers]
+    evaluation = cut_passes(*held_out, count_scored_rows(recipe))[: machine.workers]
     assert worst[1] is not None
     return replace(worst[1], evaluation=tuple(evaluation))
 

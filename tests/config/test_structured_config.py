@@ -15,10 +15,13 @@ from config.recipe_errors import iterate_schema_keys
 from config.recipe_rules import RecipeRuleError, RuleViolation
 from config.structured_config import (
     DataSection,
+    DpoSection,
     EvaluationSection,
     GenerationSection,
+    KtoSection,
     LoraSection,
     ModelSection,
+    OrpoSection,
     Recipe,
     Section,
     TrackingSection,
@@ -31,6 +34,9 @@ SECTIONS = (
     DataSection,
     LoraSection,
     TrainingSection,
+    DpoSection,
+    KtoSection,
+    OrpoSection,
     GenerationSection,
     EvaluationSection,
     TrackingSection,
@@ -100,6 +106,49 @@ RULES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"data": {"strategy": "chat", "format": "text"}},
         {"data": {"strategy": "standard", "format": "text"}},
     ),
+    ("dpo", {"dpo": {"beta": 0.2}}, {"training": {"method": "dpo"}, "dpo": {"beta": 0.2}}),
+    ("kto", {"training": {"method": "dpo"}, "kto": {}}, {"training": {"method": "kto"}, "kto": {}}),
+    ("orpo", {"training": {"method": "kto"}, "orpo": {}}, {"training": {"method": "orpo"}, "orpo": {}}),
+    (
+        "dpo.label_smoothing",
+        {"training": {"method": "dpo"}, "dpo": {"label_smoothing": 0.1, "loss": "ipo"}},
+        {"training": {"method": "dpo"}, "dpo": {"label_smoothing": 0.1}},
+    ),
+    (
+        "dpo.reference",
+        {"training": {"method": "dpo"}, "dpo": {"reference": "adapter_off"}},
+        {"training": {"method": "dpo"}, "dpo": {"reference": "adapter_off"}, "lora": {}},
+    ),
+    (
+        "training.packing",
+        {"training": {"method": "dpo", "packing": True}},
+        {"training": {"method": "dpo", "packing": False}},
+    ),
+    (
+        "training.neftune_alpha",
+        {"training": {"method": "orpo", "neftune_alpha": 5.0}},
+        {"training": {"method": "orpo"}},
+    ),
+    (
+        "data.loss_on",
+        {"training": {"method": "dpo"}, "data": {"loss_on": "all"}},
+        {"training": {"method": "dpo"}, "data": {"loss_on": "last"}},
+    ),
+    (
+        "data.format",
+        {"training": {"method": "dpo"}, "data": {"format": "messages"}},
+        {"training": {"method": "dpo"}, "data": {"format": "preference"}},
+    ),
+    (
+        "evaluation.metrics",
+        {"evaluation": {"metrics": ["preference_accuracy"]}},
+        {"training": {"method": "dpo"}, "evaluation": {"metrics": ["preference_accuracy"]}},
+    ),
+    (
+        "evaluation.metrics",
+        {"training": {"method": "orpo"}, "evaluation": {"metrics": ["reward_accuracy"]}},
+        {"training": {"method": "orpo"}, "evaluation": {"metrics": ["preference_accuracy_per_token"]}},
+    ),
     ("generation.top_p", {"generation": {"top_p": 0.9}}, {"generation": {"top_p": 0.9, "temperature": 0.5}}),
     ("generation.top_k", {"generation": {"top_k": 9}}, {"generation": {"top_k": 9, "temperature": 0.5}}),
 ]
@@ -120,6 +169,15 @@ def test_the_same_keys_without_the_contradiction_are_fine(
     key: str, _broken: dict[str, Any], whole: dict[str, Any]
 ) -> None:
     assert find_violations(**whole) == [], key
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
+def test_a_methods_own_section_stands_in_the_recipe_with_its_defaults_and_no_other_does(method: str) -> None:
+    recipe = Recipe(**make_values(training={"method": method}))
+    given = {"dpo": recipe.dpo, "kto": recipe.kto, "orpo": recipe.orpo}
+    assert [name for name, section in given.items() if section is not None] == [method]
+    assert given[method].beta == 0.1
+    assert recipe.training.learns_pairs
 
 
 def test_all_broken_rules_are_reported_at_once() -> None:

@@ -7,7 +7,16 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from utils.batching import group_first_fit, iterate_windows, make_micro_batches, pack_row, pad_prompts_left, pad_rows
+from utils.batching import (
+    count_answer_tokens,
+    group_first_fit,
+    iterate_windows,
+    make_micro_batches,
+    pack_row,
+    pad_prompts_left,
+    pad_rows,
+    unroll_pairs,
+)
 from utils.piece_encoder import EncodedExample
 
 PAD = 9
@@ -152,3 +161,41 @@ def test_in_a_packed_row_positions_restart_and_no_first_token_is_learned() -> No
 def test_packing_keeps_what_is_not_learned() -> None:
     example = EncodedExample(np.arange(4), np.array([False, False, True, False]), "x:1")
     assert pack_row([example, example]).loss_mask.tolist() == [[False, False, True, False] * 2]
+
+
+def make_pair(trunk: int, chosen: int, rejected: int, first: int = 0) -> EncodedExample:
+    """A pair whose branches begin with the prompt's last token and then hold this many learned ones."""
+    ids = np.arange(first, first + trunk + chosen + rejected + 2)
+    mask = np.ones(len(ids), dtype=np.bool_)
+    mask[: trunk + 1] = mask[trunk + chosen + 1] = False
+    starts = (trunk, trunk + chosen + 1)
+    ids[starts[1]] = ids[starts[0]]
+    return EncodedExample(ids, mask, "x:1", branch_starts=starts, reference=(-1.0, -2.0))
+
+
+def test_both_branches_of_a_pair_go_on_from_its_prompt_and_padding_belongs_to_none() -> None:
+    batch = pad_rows([make_pair(3, 2, 1), make_pair(1, 1, 1)], PAD)
+    assert batch.segments is not None
+    assert batch.position_ids is not None
+    assert batch.segments.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2], [0, 1, 1, 2, 2, -1, -1, -1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4], [0, 1, 2, 1, 2, 0, 0, 0]]
+    assert batch.loss_mask.astype(int).tolist() == [[0, 0, 0, 0, 1, 1, 0, 1], [0, 0, 1, 0, 1, 0, 0, 0]]
+    assert count_answer_tokens(batch).tolist() == [[2, 1], [1, 1]]
+    assert batch.reference is not None
+    assert batch.reference.tolist() == [[-1.0, -2.0]] * 2
+    assert batch.tokens == 13
+
+
+def test_unrolled_pairs_are_their_two_conversations_with_their_learned_tokens_in_the_same_order() -> None:
+    batch = pad_rows([make_pair(3, 2, 1), make_pair(1, 1, 1, first=50)], PAD)
+    rows = unroll_pairs(batch)
+    assert rows.lengths.tolist() == [6, 5, 3, 3]
+    assert rows.input_ids[1, :5].tolist() == [0, 1, 2, 3, 7]
+    assert rows.segments is None
+    assert rows.input_ids[rows.loss_mask].tolist() == batch.input_ids[batch.loss_mask].tolist()
+
+
+def test_pairs_of_like_length_share_a_micro_batch() -> None:
+    pairs = [make_pair(1, 1, 1), make_pair(20, 3, 3), make_pair(2, 1, 1), make_pair(19, 3, 3)]
+    batches = make_micro_batches(pairs, 2, PAD)
+    assert [batch.lengths.tolist() for batch in batches] == [[28, 27], [6, 5]]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from config.structured_config import Recipe
+from config.structured_config import DpoSection, Recipe
 from utils.activations import count_adapters
 from utils.exceptions import MachineError
 from utils.machine import Machine
@@ -89,6 +89,15 @@ def test_quantisation_makes_the_layers_smaller_and_leaves_the_embedding(name: st
     small = estimate(make_recipe(model={"quantization": name}), CUDA)
     matrices = find_shape().linear_parameters
     assert whole.weights - small.weights == pytest.approx((2 - share) * matrices, rel=1e-6)
+
+
+def test_a_second_model_as_reference_costs_its_weights() -> None:
+    recipes = [
+        make_recipe(method="dpo").model_copy(update={"dpo": DpoSection(reference=reference)})
+        for reference in ("precomputed", "model")
+    ]
+    alone, both = (estimate(recipe, CUDA) for recipe in recipes)
+    assert both.weights == 2 * alone.weights
 
 
 def test_checkpointing_and_smaller_micro_batches_save_memory() -> None:
