@@ -68,7 +68,7 @@ def test_a_run_on_pairs_learns_the_preference_and_reports_it(tmp_path: Path, tin
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert facts["status"] == "finished"
     assert facts["train_loss"] == pytest.approx(sum(row["loss"] for row in steps) / len(steps), rel=1e-6)
-    assert "not ln 2" not in (run / "log.txt").read_text(encoding="utf-8")
+    assert "the reference is another" not in (run / "log.txt").read_text(encoding="utf-8")
 
     assert evaluate_run.main(["--run", str(run)]) == 0
     metrics = json.loads((run / "report.json").read_text(encoding="utf-8"))["metrics"]

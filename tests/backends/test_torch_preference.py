@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -29,8 +29,9 @@ from transformers import (
 )
 
 from config.structured_config import Recipe
-from utils.backends import PairScores, StepResult, torch_backend
+from utils.backends import Backend, PairScores, StepResult, torch_backend
 from utils.backends.torch_losses import (
+    TREE_MODELS,
     PairTerms,
     build_tree_mask,
     compute_hinge_losses,
@@ -46,8 +47,9 @@ from utils.backends.torch_model import TorchModel
 from utils.backends.torch_preference import compute_pair_losses, estimate_reference_point, score_pairs
 from utils.backends.torch_step import TorchTrainStep
 from utils.batching import Batch, make_micro_batches, pad_rows, unroll_pairs
+from utils.exceptions import TrainingError
 from utils.methods.pairs import join_pair, mismatch_pair, split_pair
-from utils.methods.preference import PreferenceWatch
+from utils.methods.preference import PreferenceWatch, Scorer
 from utils.model_source import ModelSource
 from utils.piece_encoder import EncodedExample
 
@@ -183,6 +185,27 @@ def test_log_probabilities_are_those_of_transformers_logits_on_plain_rows(folder
         ours = compute_pair_log_probs(model, pad_rows(pairs, PAD))
         theirs = [[compute_log_prob(model.network, side) for side in split_pair(pair)] for pair in pairs]
     torch.testing.assert_close(ours, torch.tensor(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_every_architecture_that_shares_prompts_is_proven_here() -> None:
+    assert set(SHARING) == set(TREE_MODELS)
+
+
+def test_scores_return_in_the_order_of_the_pairs_whatever_shares_a_forward_pass(folders: dict[str, Path]) -> None:
+    model = load(folders["llama"], make_recipe(folders["llama"]))
+    pairs = make_pairs(SHAPES)
+    alone = score_pairs(model, [pad_rows([pair], PAD) for pair in pairs])
+    for batch_size in (1, 2, 5):
+        scorer = Scorer(cast(Backend, torch_backend), model, batch_size, PAD)
+        np.testing.assert_allclose(scorer.score(pairs, "Scores"), alone, rtol=1e-5)
+
+
+def test_an_answer_without_a_finite_log_probability_is_refused_with_its_row(folders: dict[str, Path]) -> None:
+    model = load(folders["llama"], make_recipe(folders["llama"]))
+    with torch.no_grad():
+        next(p for name, p in model.network.named_parameters() if "lora_B" in name).fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"rows:0.*not finite"):
+        Scorer(cast(Backend, torch_backend), model, 2, PAD).score(make_pairs(SHAPES), "Scores")
 
 
 @pytest.mark.parametrize("name", SHARING)
@@ -584,12 +607,24 @@ def test_a_measured_loss_is_that_of_the_step(folders: dict[str, Path]) -> None:
         assert measured == pytest.approx(result.numbers, rel=1e-4, abs=1e-5)
 
 
-def test_a_reference_that_is_another_model_is_said_after_the_first_step(folders: dict[str, Path]) -> None:
-    recipe = make_recipe(folders["llama"])
+@pytest.mark.parametrize(
+    ("method", "section"),
+    [
+        ("dpo", {}),
+        ("dpo", {"label_smoothing": 0.1}),
+        ("dpo", {"loss": "hinge"}),
+        ("dpo", {"loss": "ipo", "beta": 0.3}),
+        ("kto", {"desirable_weight": 1.5}),
+    ],
+)
+def test_a_reference_that_is_another_model_is_said_after_the_first_step(
+    folders: dict[str, Path], method: str, section: dict[str, Any]
+) -> None:
+    recipe = make_recipe(folders["llama"], method, **section)
     pairs = add_reference(folders["llama"], recipe, make_pairs(SHAPES))
     moved = TorchTrainStep(load(folders["llama"], recipe), recipe).step([pad_rows(pairs, PAD)], 0.0)
     fresh = TorchTrainStep(load(folders["llama"], recipe, moved=False), recipe).step([pad_rows(pairs, PAD)], 0.0)
-    assert "not ln 2" in (PreferenceWatch(recipe, "float32").find_warning(1, moved) or "")
+    assert "the reference is another one" in (PreferenceWatch(recipe, "float32").find_warning(1, moved) or "")
     assert PreferenceWatch(recipe, "float32").find_warning(1, fresh) is None
 
 

@@ -30,8 +30,7 @@ FILE = "reference.f64"
 # A reference of this code and these libraries; another kernel may round otherwise.
 CODE = ("batching.py", "methods/pairs.py", "backends/torch_losses.py", "backends/torch_preference.py")
 LIBRARIES = ("torch", "transformers", "peft")
-LN_2 = math.log(2)
-# How far the first loss may lie from ln 2: rounding of sums over a few hundred tokens, times beta.
+# How far the first loss may lie from its value: rounding of sums over a few hundred tokens, times beta.
 ROUNDING = {"float32": 1e-5}
 COARSE_ROUNDING = 0.02
 YOUNG_STEPS = 20
@@ -226,26 +225,42 @@ def measure_held_out(recipe: Recipe, scorer: Scorer, held_out: ReferencedPairs) 
     return scorer.backend.compare_pairs(recipe, scores)
 
 
+def compute_first_loss(recipe: Recipe) -> float | None:
+    """The loss of every pair before the first update, where policy and reference are one model and all rewards are 0.
+
+    Returns:
+        ln 2 for the sigmoid loss, with label smoothing too; None for ORPO, which has no reference.
+    """
+    if (kto := recipe.kto) is not None:
+        return (kto.desirable_weight + kto.undesirable_weight) / 4
+    if (dpo := recipe.dpo) is not None:
+        return {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 1 / (2 * dpo.beta) ** 2}[dpo.loss]
+    return None
+
+
 class PreferenceWatch:
     """Says while a run is young that its first loss or its margins are not what they must be."""
 
     def __init__(self, recipe: Recipe, dtype: str) -> None:
         """Takes the recipe and the number format of the frozen weights."""
-        self.recipe = recipe
-        self.tolerance = ROUNDING.get(dtype, COARSE_ROUNDING)
+        self.first_loss = compute_first_loss(recipe)
+        self.tolerance = ROUNDING.get(dtype, COARSE_ROUNDING) * max(1.0, self.first_loss or 0.0)
         self.largest_margin = 0.0
 
     def find_warning(self, step: int, result: StepResult) -> str | None:
         """What is wrong after a step, in words, or None.
 
-        Before the first update policy and reference are the same model, so every DPO margin is 0 and the loss ln 2: anything
-        else means that the reference is another model, or that noise is on in one of the two.
+        A first loss other than that of equal models means that the reference is another model, or that there is noise in
+        one of the two.
         """
-        dpo = self.recipe.dpo
-        if dpo is None:
+        expected = self.first_loss
+        if expected is None:
             return None
-        if step == 1 and dpo.loss == "sigmoid" and abs(result.loss - LN_2) > self.tolerance:
-            return f"the first DPO loss is {result.loss:.6f} and not ln 2 = {LN_2:.6f}: the reference is not this model"
+        if step == 1 and abs(result.loss - expected) > self.tolerance:
+            return (
+                f"the first loss is {result.loss:.6f}, and {expected:.6f} where the reference is this very model: "
+                "the reference is another one, and the margins start from a wrong place"
+            )
         self.largest_margin = max(self.largest_margin, abs(result.numbers["margin"]))
         if step == YOUNG_STEPS and self.largest_margin < SMALLEST_MARGIN:
             return (
