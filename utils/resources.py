@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from config.recipe_io import LoadedRecipe
+from config.structured_config import Recipe
 from utils.downloads import DownloadStatus, find_download
 from utils.exceptions import Problem
 from utils.forecast import DiskForecast, TimeForecast, check_disk, estimate_disk, predict_seconds
@@ -54,15 +55,44 @@ def plan_resources(loaded: LoadedRecipe, source: ModelSource, data: PreparedData
     memory = disk = None
     problems: list[Problem] = []
     if shape is not None:
-        held_out = (data.evaluation.lengths, data.evaluation.supervised)
-        workload = plan_workload(recipe, shape, machine, (data.train.lengths, data.train.supervised), held_out)
-        memory = estimate_memory(recipe, shape, machine, workload, measure_stored_bytes(source))
+        memory = predict_memory(recipe, source, data, machine, shape)
         disk = estimate_disk(recipe, shape, source.config)
         problems += check_memory(memory, machine, loaded.find_origin("training.micro_batch_size"))
         problems += check_disk(disk, loaded.find_origin("training.keep_checkpoints"))
     tokens = float(np.mean(data.train.lengths)) * min(recipe.training.batch_size, len(data.train)) * steps
     time = predict_seconds(recipe, round(tokens), machine.device)
     return Resources(machine, shape, download, memory, disk, time, tuple(problems))
+
+
+def predict_memory(
+    recipe: Recipe, source: ModelSource, data: PreparedData, machine: Machine, shape: ModelShape
+) -> MemoryEstimate:
+    """Predicts the run's peak from the lengths of its examples."""
+    held_out = (data.evaluation.lengths, data.evaluation.supervised)
+    workload = plan_workload(recipe, shape, machine, (data.train.lengths, data.train.supervised), held_out)
+    return estimate_memory(recipe, shape, machine, workload, measure_stored_bytes(source))
+
+
+def decide_checkpointing(loaded: LoadedRecipe, source: ModelSource, data: PreparedData) -> LoadedRecipe:
+    """Replaces `gradient_checkpointing: auto`: on only where the run would not fit into free memory without it.
+
+    It costs about a third more time, so where nothing can be predicted it stays off.
+    """
+    if loaded.recipe.training.gradient_checkpointing != "auto":
+        return loaded
+    key, machine, shape = "training.gradient_checkpointing", inspect_machine(), measure_shape(source)
+    free = machine.available_bytes
+    if shape is None or free is None:
+        what = "the memory of this architecture" if shape is None else "the free memory of this machine"
+        return loaded.with_automatic_value(key, False, f"{what} is unknown")
+    off, on = (
+        predict_memory(loaded.with_automatic_value(key, value, "").recipe, source, data, machine, shape).total
+        for value in (False, True)
+    )
+    needs = f"{show_bytes(off)} needed without it, {show_bytes(free)} free"
+    if off > free and on < off:
+        return loaded.with_automatic_value(key, True, f"{needs}; {show_bytes(on)} with it")
+    return loaded.with_automatic_value(key, False, needs)
 
 
 def summarise_resources(resources: Resources) -> dict[str, Any]:
