@@ -22,7 +22,7 @@ from utils.machine import guess_device
 from utils.model_shape import find_positions, has_learned_positions
 from utils.model_source import EMBEDDED_MODELS, EMBEDDED_PREFIX, ModelSource, find_model, list_linear_modules
 from utils.prepared_data import PreparedData, iterate_held_out, prepare_data
-from utils.resources import Resources, decide_checkpointing, plan_resources, summarise_resources
+from utils.resources import Resources, plan_resources, summarise_resources
 from utils.row_checks import RowScan, scan_rows
 from utils.rule_checks import Facts
 from utils.rules import find_problems
@@ -99,12 +99,11 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     data = prepare_data(loaded, scan, tokenizer)
     if run is None:
         loaded, scan, data = adapt_small_set(loaded, scan, data, tokenizer)
-        loaded = decide_checkpointing(loaded, source, data)
     plan = plan_run(loaded.recipe, len(data.train))
     if violations := list(find_cadence_violations(loaded.recipe.training, plan.total_steps)):
         places = [Problem("rule", v.message, loaded.find_origin(".".join(v.path)), v.fix) for v in violations]
         raise RecipeError.from_problems(places)
-    resources = plan_resources(loaded, source, data, plan.total_steps)
+    loaded, resources = plan_resources(loaded, source, data, plan.total_steps)
     facts = replace(collect_rule_facts(loaded, source, data, resources, plan), device=device)
     warnings = (*scan.warnings, *apply_rules(loaded, facts), *resources.problems)
     log_automatic_values(loaded)

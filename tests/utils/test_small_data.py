@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,33 +202,3 @@ def test_8_bit_moments_on_a_cpu_are_refused_before_rows_are_read(tiny_llama: Pat
     assert "adamw_8bit needs an NVIDIA GPU" in done.stderr
     assert "few.yaml:1" in done.stderr
     assert "no row" not in done.stderr
-
-
-@pytest.mark.slow
-def test_checkpointing_is_decided_by_what_is_free(tiny_llama: Path, tmp_path: Path) -> None:
-    from utils.model_source import ModelSource
-    from utils.resources import decide_checkpointing
-
-    preflight = check_recipe(load_recipe(write_files(tmp_path, tiny_llama, 12)))
-    key = "training.gradient_checkpointing"
-    assert preflight.loaded.recipe.training.gradient_checkpointing is False
-    assert preflight.loaded.origins[key].startswith("auto: ")
-    assert "free" in preflight.loaded.origins[key]
-
-    # Rows in one large micro-batch, on a model so deep that no machine could keep its activations: config.json alone.
-    config = {**preflight.source.config, "num_hidden_layers": 100_000}
-    loaded = load_recipe(write_files(tmp_path, tiny_llama, 64, words=80, batch_size=64, micro_batch_size=64))
-    deep = decide_checkpointing(loaded, ModelSource("deep", tmp_path, config), check_recipe(loaded).data)
-    assert deep.recipe.training.gradient_checkpointing is True
-    assert "needed without it" in deep.origins[key]
-    # Where loading the weights is what does not fit, computing activations again saves nothing.
-    config = {**config, "hidden_size": 16_384, "intermediate_size": 53_248, "num_attention_heads": 128}
-    giant = decide_checkpointing(loaded, ModelSource("giant", tmp_path, config), preflight.data)
-    assert giant.recipe.training.gradient_checkpointing is False
-
-    unknown = decide_checkpointing(loaded, ModelSource("new", tmp_path, {"model_type": "novel"}), preflight.data)
-    assert unknown.recipe.training.gradient_checkpointing is False
-    assert "unknown" in unknown.origins[key]
-
-    asked = load_recipe(write_files(tmp_path, tiny_llama, 12, gradient_checkpointing=True))
-    assert decide_checkpointing(asked, preflight.source, replace(preflight.data)) is asked
