@@ -58,6 +58,8 @@ FOREIGN_NAMES: dict[str, str] = {
     "gradient_clipping": "here it is training.max_grad_norm",
     "neftune_noise_alpha": "here it is training.neftune_alpha",
     "grad_checkpoint": "here it is training.gradient_checkpointing",
+    "optim": "here it is training.optimizer",
+    "loraplus_lr_ratio": "here it is lora.plus_ratio",
     "eval_steps": "here it is training.eval_every",
     "steps_per_eval": "here it is training.eval_every",
     "eval_strategy": "here it is training.eval_every",

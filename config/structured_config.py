@@ -153,6 +153,8 @@ class LoraSection(Section):
     """Names of the modules that get an adapter, or all linear ones but the head."""
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """lora, rsLoRA (arXiv 2312.03732) or DoRA (arXiv 2402.09353)."""
+    plus_ratio: Annotated[float, Field(ge=1.0, le=256.0)] | None = None
+    """LoRA+ (arXiv 2402.12354): the B matrices learn this many times faster than the A matrices; null trains both alike."""
 
     def to_peft_config(self) -> LoraConfig:
         """Builds the peft adapter configuration for a causal language model."""
@@ -185,19 +187,24 @@ class TrainingSection(Section):
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=65_536)] = "auto"
     """Examples per forward pass: changes speed and memory, never the result."""
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 4.0e-4
-    """Peak learning rate of AdamW. LoRA wants about ten times that of full fine-tuning."""
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after the warmup."""
+    """Peak learning rate. LoRA wants about ten times that of full fine-tuning."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    """adamw: fused AdamW. adamw_8bit: its two moments in 8 bits (bitsandbytes; NVIDIA GPUs only), a quarter of their memory.
+    adafactor: factored second moments and no first ones (arXiv 1804.04235), at the learning rate of the recipe."""
+    lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the learning rate after the warmup; wsd (arXiv 2404.06395) stays at the peak and falls in the last 20 % of
+    the steps."""
     warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.03
     """Share of the steps in which the learning rate rises from 0; at least 5 steps where the run has 50 or more."""
     weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay, on matrices only."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Gradients are scaled down to this norm; null never clips."""
     neftune_alpha: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
     """Uniform noise on the embeddings in training (arXiv 2310.05914); useful values are 5 to 15."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more time. auto: only where the run is
+    predicted not to fit into the memory that is free."""
     packing: bool = False
     """Put several examples into one row, each blind to the others, instead of padding."""
     eval_every: Literal["epoch"] | Annotated[int, Field(ge=1)] = "epoch"
@@ -210,6 +217,9 @@ class TrainingSection(Section):
     """Stop after this many evaluations without a better loss; null never stops early."""
     early_stopping_threshold: Annotated[float, Field(ge=0.0)] = 0.0
     """How much lower a loss must be to count as better."""
+    small_data: Literal["auto", "gentle", "off"] = "auto"
+    """Under 200 training examples, fill keys that the recipe leaves out: auto takes more epochs, smaller batches and more
+    held-out rows; gentle takes older, milder numbers (see docs/results/small_data.md); off changes nothing."""
 
     @property
     def learns_pairs(self) -> bool:

@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     preflight = check_recipe(loaded)
     print_warnings(preflight.warnings)
     print_first_example(preflight)
+    loaded = preflight.loaded
     recipe = loaded.recipe
     source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
     backend = load_backend(recipe.backend)

@@ -38,10 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"ok": True, "problems": problems, "facts": facts}, indent=2))
         return 0
     if options.show_recipe:
-        print(format_resolved(loaded))
+        print(format_resolved(preflight.loaded))
     print_warnings(preflight.warnings)
     print_first_example(preflight)
     for name, value in facts.items():
+        if isinstance(value, dict):
+            value = "; ".join(f"{key} {text}" for key, text in value.items()) or "none"
         print(f"{name.replace('_', ' ')}: {value}")
     print(f"\nThe recipe is valid. Next: {cli.show_train_command(options)}")
     return 0

@@ -12,7 +12,7 @@ from utils.model_shape import Linear, ModelShape, is_target
 from utils.workload import ForwardPass
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-MASTER = 4  # trained weights, their gradients and both moments of AdamW are float32
+MASTER = 4  # trained weights and their gradients are float32
 
 
 def list_adapted(lora: LoraSection, shape: ModelShape) -> list[Linear]:
@@ -41,7 +41,7 @@ def count_activations(recipe: Recipe, shape: ModelShape, item: ForwardPass, size
     """
     layer = count_layer(recipe, shape, item, size, device)
     outside = MASTER * shape.hidden  # the last norm
-    if recipe.training.gradient_checkpointing:
+    if recipe.training.gradient_checkpointing is True:
         # Each layer keeps its input only; one layer at a time is computed again.
         return item.tokens * (shape.layers * size * shape.hidden + layer + outside)
     return item.tokens * (shape.layers * layer + outside)

@@ -16,6 +16,7 @@ from utils.exceptions import MachineError, Problem
 from utils.machine import Machine, choose_dtype
 from utils.model_shape import ModelShape
 from utils.model_source import ModelSource
+from utils.optimizer_memory import count_optimizer_bytes
 from utils.workload import ForwardPass, Workload, count_training_workers
 
 # Python with torch, transformers, peft and accelerate imported, and a thousand rows: resident size before the model is loaded.
@@ -44,7 +45,7 @@ class MemoryEstimate:
     Attributes:
         weights: the model, and while loading also the file it is read from.
         gradients: of the trained weights, for every micro-batch in flight.
-        optimizer: AdamW's two moments.
+        optimizer: what it remembers between steps, such as AdamW's two moments.
         activations: what the backward pass needs of the forward pass.
         logits: predictions over the vocabulary and their gradients.
         overhead: libraries, gaps in the heap, and what the heap keeps; nothing on CUDA, where only tensors count.
@@ -101,7 +102,7 @@ def estimate_memory(
     adapters = MASTER * count_adapters(recipe.lora, shape)
     training = measure_training(recipe, shape, machine, workload, size)
     scoring = measure_scoring(shape, workload, size)
-    optimizer = 2 * (adapters or base)
+    optimizer = count_optimizer_bytes(recipe, shape)
     on_cuda = machine.device == "cuda"
     fixed = 0 if on_cuda else LIBRARIES + FIRST_STEP
     stored = 2 * shape.parameters if stored_bytes is None else stored_bytes
@@ -138,7 +139,7 @@ def measure_training(recipe: Recipe, shape: ModelShape, machine: Machine, worklo
     gradients = sum(max(0, each - live) for live in held)
     gradients += trained if workload.micro_batches > len(passes) else 0  # the sum over the micro-batches before
     heap = int((REPEATED_GROWTH if workload.repeated else HEAP_GROWTH) * (sum(held) + gradients))
-    if recipe.training.gradient_checkpointing:
+    if recipe.training.gradient_checkpointing is True:
         layers = (item.tokens * count_layer(recipe, shape, item, size, machine.device) for item in passes)
         heap += int(CHECKPOINT_GAPS * shape.layers * sum(layers))
     # The head and the input embedding each get a gradient, also where they share their weights.

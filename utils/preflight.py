@@ -7,7 +7,7 @@ What is wrong is raised as soon as it is known, so a typo never waits for a down
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from config.model_families import find_family, find_family_by_name
@@ -17,6 +17,8 @@ from config.structured_config import Recipe
 from utils.chat_templates import ChatTemplate
 from utils.data_formats import Example
 from utils.exceptions import DataError, Problem, RecipeError, RunError
+from utils.logging import get_logger
+from utils.machine import guess_device
 from utils.model_shape import find_positions, has_learned_positions
 from utils.model_source import EMBEDDED_MODELS, EMBEDDED_PREFIX, ModelSource, find_model, list_linear_modules
 from utils.prepared_data import PreparedData, iterate_held_out, prepare_data
@@ -26,6 +28,7 @@ from utils.rule_checks import Facts
 from utils.rules import find_problems
 from utils.run_folder import RunFolder
 from utils.schedules import count_warmup_steps
+from utils.small_data import adapt_to_small_data
 from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
 
 
@@ -83,7 +86,9 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     recipe = loaded.recipe
     family = find_family_by_name(recipe.model.name)
     family = family or find_family(EMBEDDED_MODELS.get(recipe.model.name.removeprefix(EMBEDDED_PREFIX)))
-    apply_rules(loaded, Facts(recipe, family))
+    # A finished run is only measured here, so it does not matter whether this machine could train it.
+    device = None if run else guess_device()
+    apply_rules(loaded, Facts(recipe, family, device=device))
     scan = scan_rows(recipe.data, recipe.seed, loaded.find_origin)
     apply_rules(loaded, Facts(recipe, family, formats=scan.formats))
     check_metrics(loaded, scan)
@@ -92,14 +97,46 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     row_formats = {*scan.formats, *scan.features}
     tokenizer = open_run_tokenizer(loaded, source, run) if run else open_tokenizer(loaded, source, row_formats)
     data = prepare_data(loaded, scan, tokenizer)
-    plan = plan_run(recipe, len(data.train))
-    if violations := list(find_cadence_violations(recipe.training, plan.total_steps)):
+    if run is None:
+        loaded, scan, data = adapt_small_set(loaded, scan, data, tokenizer)
+    plan = plan_run(loaded.recipe, len(data.train))
+    if violations := list(find_cadence_violations(loaded.recipe.training, plan.total_steps)):
         places = [Problem("rule", v.message, loaded.find_origin(".".join(v.path)), v.fix) for v in violations]
         raise RecipeError.from_problems(places)
-    resources = plan_resources(loaded, source, data, plan.total_steps)
-    facts = collect_rule_facts(loaded, source, data, resources, plan)
+    loaded, resources = plan_resources(loaded, source, data, plan.total_steps)
+    facts = replace(collect_rule_facts(loaded, source, data, resources, plan), device=device)
     warnings = (*scan.warnings, *apply_rules(loaded, facts), *resources.problems)
+    log_automatic_values(loaded)
     return Preflight(loaded, source, tokenizer, scan, data, plan, resources, warnings)
+
+
+def adapt_small_set(
+    loaded: LoadedRecipe, scan: RowScan, data: PreparedData, tokenizer: TokenizerUtils
+) -> tuple[LoadedRecipe, RowScan, PreparedData]:
+    """Applies `training.small_data`; when more rows are to be held out, the few rows are split and encoded once more."""
+    adapted = adapt_to_small_data(loaded, data.counts["train"].examples, scan.train_rows)
+    if adapted.recipe.data != loaded.recipe.data:
+        scan = scan_rows(adapted.recipe.data, adapted.recipe.seed, adapted.find_origin)
+        check_metrics(adapted, scan)
+        data = prepare_data(adapted, scan, tokenizer)
+    return adapted, scan, data
+
+
+def log_automatic_values(loaded: LoadedRecipe) -> None:
+    """Says what was filled in, and why: nothing is adapted in silence."""
+    for key, text in list_automatic_values(loaded).items():
+        get_logger().info("%s: %s", key, text)
+
+
+def list_automatic_values(loaded: LoadedRecipe) -> dict[str, str]:
+    """Dotted key → `value (reason)` of everything that an automatic rule has set."""
+    values = loaded.recipe.model_dump(mode="json")
+    found = {}
+    for key, origin in loaded.origins.items():
+        if origin.startswith("auto: "):
+            section, name = key.split(".")
+            found[key] = f"{values[section][name]} ({origin.removeprefix('auto: ')})"
+    return found
 
 
 def apply_rules(loaded: LoadedRecipe, facts: Facts) -> list[Problem]:
@@ -245,5 +282,6 @@ def summarise_preflight(preflight: Preflight) -> dict[str, Any]:
         "warmup_steps": plan.warmup_steps,
         "evaluates_every": plan.eval_every,
         "saves_every": plan.save_every,
+        "automatic_values": list_automatic_values(preflight.loaded),
         **summarise_resources(preflight.resources),
     }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from config.recipe_io import LoadedRecipe
+from config.structured_config import Recipe
 from utils.downloads import DownloadStatus, find_download
 from utils.exceptions import Problem
 from utils.forecast import DiskForecast, TimeForecast, check_disk, estimate_disk, predict_seconds
@@ -40,29 +42,68 @@ class Resources:
     problems: tuple[Problem, ...]
 
 
-def plan_resources(loaded: LoadedRecipe, source: ModelSource, data: PreparedData, steps: int) -> Resources:
+def plan_resources(
+    loaded: LoadedRecipe, source: ModelSource, data: PreparedData, steps: int
+) -> tuple[LoadedRecipe, Resources]:
     """Predicts what the run will take.
 
     Args:
         steps: optimizer steps of the run.
 
+    Returns:
+        The recipe, with `gradient_checkpointing: auto` decided, and the predictions for it.
+
     Raises:
         MachineError: memory or disk cannot suffice.
     """
-    recipe, machine, shape = loaded.recipe, inspect_machine(), measure_shape(source)
-    download = find_download(recipe.model, loaded.find_origin("model.name"))
-    memory = disk = None
+    machine, shape = inspect_machine(), measure_shape(source)
+    download = find_download(loaded.recipe.model, loaded.find_origin("model.name"))
+    predict = make_predictor(loaded.recipe, source, data, machine, shape) if shape else None
+    loaded = decide_checkpointing(loaded, machine.available_bytes, predict)
+    recipe, disk = loaded.recipe, None
+    memory = predict(recipe) if predict else None
     problems: list[Problem] = []
-    if shape is not None:
-        held_out = (data.evaluation.lengths, data.evaluation.supervised)
-        workload = plan_workload(recipe, shape, machine, (data.train.lengths, data.train.supervised), held_out)
-        memory = estimate_memory(recipe, shape, machine, workload, measure_stored_bytes(source))
+    if shape is not None and memory is not None:
         disk = estimate_disk(recipe, shape, source.config)
         problems += check_memory(memory, machine, loaded.find_origin("training.micro_batch_size"))
         problems += check_disk(disk, loaded.find_origin("training.keep_checkpoints"))
     tokens = float(np.mean(data.train.lengths)) * min(recipe.training.batch_size, len(data.train)) * steps
     time = predict_seconds(recipe, round(tokens), machine.device)
-    return Resources(machine, shape, download, memory, disk, time, tuple(problems))
+    return loaded, Resources(machine, shape, download, memory, disk, time, tuple(problems))
+
+
+def make_predictor(
+    recipe: Recipe, source: ModelSource, data: PreparedData, machine: Machine, shape: ModelShape
+) -> Callable[[Recipe], MemoryEstimate]:
+    """Gives a function that predicts the peak of this run under changed values, from the lengths of its examples."""
+    held_out = (data.evaluation.lengths, data.evaluation.supervised)
+    workload = plan_workload(recipe, shape, machine, (data.train.lengths, data.train.supervised), held_out)
+    stored = measure_stored_bytes(source)
+    return lambda changed: estimate_memory(changed, shape, machine, workload, stored)
+
+
+def decide_checkpointing(
+    loaded: LoadedRecipe, free: int | None, predict: Callable[[Recipe], MemoryEstimate] | None
+) -> LoadedRecipe:
+    """Replaces `gradient_checkpointing: auto`: on only where the run would not fit into free memory without it.
+
+    It costs about a third more time, so where nothing can be predicted it stays off.
+
+    Args:
+        free: bytes of the device that are free now, or None where nobody knows.
+        predict: recipe → its peak; None for an architecture that is not in the tables.
+    """
+    key = "training.gradient_checkpointing"
+    if loaded.recipe.training.gradient_checkpointing != "auto":
+        return loaded
+    if predict is None or free is None:
+        what = "free memory" if predict else "memory that this architecture needs"
+        return loaded.with_automatic_value(key, False, f"the {what} is unknown")
+    off, on = (predict(loaded.with_automatic_value(key, value, "").recipe).total for value in (False, True))
+    needs = f"{show_bytes(off)} needed without it, {show_bytes(free)} free"
+    if off > free and on < off:
+        return loaded.with_automatic_value(key, True, f"{needs}; {show_bytes(on)} with it")
+    return loaded.with_automatic_value(key, False, needs)
 
 
 def summarise_resources(resources: Resources) -> dict[str, Any]:

@@ -198,6 +198,13 @@ def find_long_step(facts: Facts) -> str | None:
     return f"a step of {tokens:.0f} tokens may take {seconds / 60:.0f} minutes on this CPU"
 
 
+def find_8bit_elsewhere(facts: Facts) -> str | None:
+    """8-bit moments without an NVIDIA GPU: bitsandbytes then unpacks the whole state at every step, and nothing is saved."""
+    if facts.device in (None, "cuda") or facts.recipe.training.optimizer != "adamw_8bit":
+        return None
+    return f"optimizer adamw_8bit needs an NVIDIA GPU, and this run would be on {facts.device}"
+
+
 def find_few_steps(facts: Facts) -> str | None:
     """A run that ends before it has learned."""
     if facts.steps is None or facts.steps >= FEW_STEPS:
@@ -216,5 +223,7 @@ def find_no_held_out(facts: Facts) -> str | None:
     data = facts.recipe.data
     by_recipe = data.eval is None and data.eval_fraction == 0
     if facts.held_out_rows == 0 or (facts.held_out_rows is None and by_recipe):
-        return "no held-out rows, so nothing will show whether it got better"
+        message = "no held-out rows, so nothing will show whether it got better"
+        stops_early = facts.recipe.training.early_stopping_patience is not None
+        return f"{message}, and early stopping cannot act" if stops_early else message
     return None

@@ -14,6 +14,7 @@ from config.structured_config import Recipe
 from utils.exceptions import Problem
 from utils.rule_checks import (
     Facts,
+    find_8bit_elsewhere,
     find_answer_beyond_positions,
     find_beyond_positions,
     find_far_alpha,
@@ -89,6 +90,13 @@ RANGES = (
         "set it from 5 to 15, or remove it",
     ),
     Range("lora.r", 8, 64, lambda recipe: recipe.lora.r if recipe.lora else None, "16 is usual"),
+    Range(
+        "lora.plus_ratio",
+        1,
+        32,
+        lambda recipe: recipe.lora.plus_ratio if recipe.lora else None,
+        "16 is usual; lower training.learning_rate beside it",
+    ),
     Range("lora.dropout", 0, 0.2, lambda recipe: recipe.lora.dropout if recipe.lora else None, "0 to 0.1 is usual"),
 )
 
@@ -113,6 +121,13 @@ RULES = (
         "data.strategy",
         find_no_chat_template,
         "set data.strategy: standard, name a template in data.template, or choose an instruction-tuned model",
+    ),
+    Rule(
+        "error",
+        "adamw-8bit",
+        "training.optimizer",
+        find_8bit_elsewhere,
+        "set training.optimizer: adamw, or adafactor where all weights are trained and memory is short",
     ),
     Rule("error", "lora-target", "lora.target_modules", find_lora_target, list_modules),
     Rule(

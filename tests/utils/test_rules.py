@@ -144,6 +144,12 @@ BROKEN: list[tuple[str, str, str, Facts]] = [
         "training.batch_size",
         Facts(make_recipe(), parameters=8 * 10**9, tokens_per_step=4000.0, device="cpu", cores=8),
     ),
+    (
+        "error",
+        "adamw-8bit",
+        "training.optimizer",
+        Facts(make_recipe(training={"optimizer": "adamw_8bit"}), device="cpu"),
+    ),
     ("warning", "few-steps", "training.epochs", Facts(make_recipe(), steps=19)),
     ("warning", "few-held-out", "data.eval_fraction", Facts(make_recipe(), held_out_rows=4)),
     ("warning", "no-eval", "data.eval_fraction", Facts(make_recipe(), held_out_rows=0)),
@@ -157,6 +163,7 @@ BROKEN: list[tuple[str, str, str, Facts]] = [
     ("warning", "unusual-value", "training.neftune_alpha", Facts(make_recipe(training={"neftune_alpha": 4.0}))),
     ("warning", "unusual-value", "lora.r", Facts(make_recipe(lora={"r": 4, "alpha": 8.0}))),
     ("warning", "unusual-value", "lora.r", Facts(make_recipe(lora={"r": 128, "alpha": 256.0}))),
+    ("warning", "unusual-value", "lora.plus_ratio", Facts(make_recipe(lora={"plus_ratio": 64.0}))),
     ("warning", "unusual-value", "lora.dropout", Facts(make_recipe(lora={"dropout": 0.3}))),
 ]
 
@@ -235,3 +242,18 @@ def test_a_tokenizer_that_gives_more_ids_than_the_model_has_embeddings_is_refuse
     with pytest.raises(RecipeError, match="embeddings for 1000 tokens") as caught:
         check_recipe(loaded)
     assert caught.value.problems[0].code == "foreign-tokenizer"
+
+
+def test_8_bit_moments_are_allowed_on_cuda_and_refused_elsewhere() -> None:
+    recipe = make_recipe(training={"optimizer": "adamw_8bit"})
+    assert list_codes(Facts(recipe, device="cuda")) == list_codes(Facts(recipe)) == []
+    (problem,) = find_problems(Facts(recipe, device="mps"), str)
+    assert problem.message == "optimizer adamw_8bit needs an NVIDIA GPU, and this run would be on mps"
+    assert "adafactor" in (problem.fix or "")
+
+
+def test_early_stopping_without_held_out_rows_is_said_to_do_nothing() -> None:
+    facts = Facts(make_recipe(training={"early_stopping_patience": 3}), held_out_rows=0)
+    assert [problem.message for problem in find_problems(facts, str)] == [
+        "no held-out rows, so nothing will show whether it got better, and early stopping cannot act"
+    ]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Literal
 
 import pytest
 
-from utils.schedules import compute_learning_rate, count_warmup_steps
+from utils.schedules import Scheduler, compute_learning_rate, count_warmup_steps
 
-Scheduler = Literal["cosine", "linear", "constant"]
-SCHEDULERS: tuple[Scheduler, ...] = ("cosine", "linear", "constant")
+SCHEDULERS: tuple[Scheduler, ...] = ("cosine", "linear", "constant", "wsd")
 
 
 def compute_rates(scheduler: Scheduler, total: int, warmup: int, peak: float = 1.0) -> list[float]:
@@ -71,3 +69,14 @@ def test_after_the_warmup_the_rate_only_falls(scheduler: Scheduler) -> None:
 
 def test_constant_stays_at_the_peak_after_the_warmup() -> None:
     assert compute_rates("constant", 10, 2, peak=3e-4)[2:] == [3e-4] * 8
+
+
+def test_wsd_stays_at_the_peak_and_falls_evenly_in_the_last_fifth() -> None:
+    rates = compute_rates("wsd", 20, 2, peak=3e-4)
+    assert rates[2:17] == [3e-4] * 15
+    assert rates[16:] == pytest.approx([3e-4, 2.25e-4, 1.5e-4, 0.75e-4])
+    assert compute_learning_rate(21, 20, peak=1.0, scheduler="wsd", warmup_steps=2) == pytest.approx(0)
+
+
+def test_wsd_never_falls_within_its_warmup() -> None:
+    assert compute_rates("wsd", 10, 9) == pytest.approx([step / 10 for step in range(1, 10)] + [1.0])

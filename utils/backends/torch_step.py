@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,32 +12,14 @@ from torch import nn
 from config.structured_config import Recipe
 from utils.backends import StepResult
 from utils.backends.torch_model import TorchModel
+from utils.backends.torch_optimizer import attach_noise, build_optimizer, enable_checkpointing, set_learning_rate
 from utils.backends.torch_preference import Numbers, make_objective
 from utils.batching import Batch
 from utils.exceptions import TrainingError
 
 
-class NeftuneNoise:
-    """NEFTune (arXiv 2310.05914, section 2): uniform noise on the embeddings, scaled by alpha / sqrt(length x width).
-
-    The length is that of the row's real tokens; the usual implementations take the padded one.
-    """
-
-    def __init__(self, network: Any, alpha: float) -> None:
-        self.alpha = alpha
-        self.lengths = torch.ones(1)
-        network.get_input_embeddings().register_forward_hook(self.add_noise)
-
-    def add_noise(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        """Forward hook; does nothing in evaluation."""
-        if not module.training:
-            return output
-        scale = self.alpha / torch.sqrt(self.lengths.to(output) * output.shape[-1])
-        return output + torch.empty_like(output).uniform_(-1, 1) * scale[:, None, None]
-
-
 class TorchTrainStep:
-    """AdamW over the trainable tensors, fed by micro-batches that run side by side on a CPU."""
+    """An optimizer over the trainable tensors, fed by micro-batches that run side by side on a CPU."""
 
     def __init__(self, model: TorchModel, recipe: Recipe) -> None:
         self.model = model
@@ -46,20 +27,9 @@ class TorchTrainStep:
         self.objective = make_objective(model, recipe)
         self.sums: Numbers = {}
         self.parameters = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
-        # Decay acts on matrices only: pulling biases and norms towards 0 has no regularising meaning.
-        matrices = [parameter for parameter in self.parameters if parameter.ndim >= 2]
-        vectors = [parameter for parameter in self.parameters if parameter.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.training.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
-        self.optimizer = model.accelerator.prepare(optimizer)
-        if self.training.gradient_checkpointing:
-            model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.noise = None
-        if self.training.neftune_alpha is not None:
-            self.noise = NeftuneNoise(model.network, self.training.neftune_alpha)
+        self.optimizer = model.accelerator.prepare(build_optimizer(model.network, recipe))
+        enable_checkpointing(model.network, recipe)
+        self.noise = attach_noise(model.network, recipe)
         self.workers = 1 if self.noise or draws_random_numbers(model.network) else model.plan.workers
         # Each worker computes on one thread of its own; see DeviceManager.
         self.pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
@@ -86,8 +56,7 @@ class TorchTrainStep:
             self.optimizer.zero_grad()
             fix = "lower training.learning_rate, or set model.dtype: float32"
             raise TrainingError(f"loss {loss} with gradient norm {norm}", fix=fix, code="not-finite")
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
         tokens = sum(batch.tokens for batch in micro_batches)
