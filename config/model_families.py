@@ -78,6 +78,22 @@ FAMILIES: tuple[ModelFamily, ...] = (
 OTHER_ARCHITECTURES = re.compile(
     r"vision|multimodal|omni|audio|moe|llama-4|[-_]vl|\d+x\d+b|-a\d+(\.\d+)?b|flash|paligemma|recurrent|t5gemma"
 )
+# Parameters of releases whose name does not give them; the longest name that fits counts.
+KNOWN_SIZES: dict[str, float] = {
+    "gpt2": 124e6,
+    "gpt2-medium": 355e6,
+    "gpt2-large": 774e6,
+    "gpt2-xl": 1.56e9,
+    "phi-1": 1.4e9,
+    "phi-2": 2.8e9,
+    "phi-3-mini": 3.8e9,
+    "phi-3.5-mini": 3.8e9,
+    "phi-3-medium": 14e9,
+    "phi-4-mini": 3.8e9,
+    "phi-4": 14.7e9,
+    "mistral-nemo": 12.2e9,
+}
+SIZE_IN_NAME = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])")
 
 
 @dataclass(frozen=True)
@@ -130,6 +146,15 @@ def guess_family(name: str) -> ModelFamily | None:
         return None
     hinted = (family for family in FAMILIES if any(hint in last for hint in family.name_hints))
     return find_family_by_name(last) or next(hinted, None)
+
+
+def guess_parameters(name: str) -> int | None:
+    """The number of parameters that a model's name gives: `Llama-3.2-1B-Instruct`, `SmolLM2-135M`, `8B`."""
+    last = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    if found := SIZE_IN_NAME.search(last):
+        return round(float(found[1]) * (1e9 if found[2] == "b" else 1e6))
+    known = max((short for short in KNOWN_SIZES if short in last), key=len, default=None)
+    return round(KNOWN_SIZES[known]) if known and not OTHER_ARCHITECTURES.search(last) else None
 
 
 def find_learning_rate(parameters: float, family: ModelFamily | None, method: str, *, with_lora: bool) -> float | None:
