@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -34,7 +35,7 @@ from utils.model_source import EMBEDDED_MODELS, EMBEDDED_PREFIX, ModelSource
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-LAYERS = 2
+LAYERS, VOCABULARY = 2, 2000
 TRAINING_ROWS, HELD_OUT_ROWS, BATCH_SIZE = 8, 2, 4
 COMMAND = re.compile(r"^#\s+(python scripts/.+)$", re.MULTILINE)
 PARAMETERS = re.compile(r"\((\d+(?:\.\d+)?)([BM])\)|-(\d+)M\b")
@@ -215,27 +216,42 @@ def test_a_recipe_of_the_embedded_model_passes_the_whole_preflight(
     assert facts["longest_example"] <= load_recipe(path).recipe.data.max_length
 
 
+@functools.lru_cache
+def train_tokenizer() -> str:
+    """A byte-level BPE tokenizer of shipped rows, as JSON: as real as a large one, and loaded in milliseconds."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
+    rows = [ROOT / "data" / name for name in ("text_to_sql/train.jsonl", "notes/chat_train.jsonl")]
+    tokenizer.train([str(path) for path in rows], trainer)
+    return str(tokenizer.to_str())
+
+
 def build_tokenizer(recipe: Recipe, family: ModelFamily, embedded: Path) -> PreTrainedTokenizerFast:
-    """The embedded model's tokenizer with the control tokens and the chat template of a family."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(embedded)
+    """A small tokenizer with the control tokens and the chat template of a family."""
+    template, bos, eos = None, None, "<|endoftext|>"
     if recipe.model.name.startswith(EMBEDDED_PREFIX):
-        return tokenizer
-    tokenizer.chat_template = None
-    if family.name not in TEMPLATES:
-        return tokenizer
-    origin, name, bos, eos = TEMPLATES[family.name]
-    if origin == "trl":
+        template, bos, eos = (
+            (embedded / "chat_template.jinja").read_text(encoding="utf-8"),
+            "<|im_start|>",
+            "<|im_end|>",
+        )
+    elif family.name in TEMPLATES:
+        origin, name, bos, eos = TEMPLATES[family.name]
         assert TRL is not None
-        folder = Path(str(TRL.origin)).parent / "chat_templates"
-    else:
-        folder = ROOT / "utils" / "templates"
-    template = (folder / f"{name}.jinja").read_text(encoding="utf-8")
-    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(CONTROL.findall(template)))})
-    tokenizer.add_special_tokens({"eos_token": eos, **({"bos_token": bos} if bos else {})})
-    if bos is None:
-        tokenizer.bos_token = None
-    if recipe.data.strategy != "standard":  # a base model of the family has none
-        tokenizer.chat_template = template
+        folders = {"trl": Path(str(TRL.origin)).parent / "chat_templates", "tunebook": ROOT / "utils" / "templates"}
+        template = (folders[origin] / f"{name}.jinja").read_text(encoding="utf-8")
+    control = sorted({*CONTROL.findall(template or ""), eos, *([bos] if bos else [])})
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(train_tokenizer()),
+        bos_token=bos,
+        eos_token=eos,
+        extra_special_tokens=control,
+    )
+    # A base model of the family has no template.
+    tokenizer.chat_template = None if recipe.data.strategy == "standard" else template
     return tokenizer
 
 
