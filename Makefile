@@ -43,8 +43,8 @@ merge: setup  ## merge the latest run, or RUN
 	@$(PY) scripts/merge.py $(RUN_OPTION) $(ARGS)
 evaluate: setup  ## before/after report of the latest run, or of RUN
 	@$(PY) scripts/evaluate_run.py $(RUN_OPTION) $(ARGS)
-data: setup  ## generate the shipped text-to-SQL rows anew
-	@$(PY) data/text_to_sql/generate.py
+data: setup  ## generate the shipped rows anew
+	@$(PY) data/text_to_sql/generate.py && $(PY) data/notes/generate.py
 reference: setup  ## write docs/recipe_reference.md and the JSON Schema anew
 	@$(PY) scripts/write_reference.py
 clean:  ## remove .venv and caches; runs in outputs/ stay

@@ -5,6 +5,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,8 +15,8 @@ import pytest
 from config.model_families import FAMILIES, find_learning_rate, guess_family, guess_parameters
 from config.recipe_io import LoadedRecipe, load_recipe
 from config.structured_config import FormatName, TrainingSection
-from tests.conftest import EMBEDDED
 from utils.exceptions import DataError, ModelLoadingError, RecipeError
+from utils.model_source import DEFAULT_MODEL as EMBEDDED
 from utils.model_source import ModelSource
 from utils.recipe_choices import Plan, choose_answer_length, choose_data, choose_length, choose_lora
 from utils.recipe_facts import ModelFacts, RowFacts, find_held_out_file
@@ -295,3 +297,17 @@ def test_a_new_recipe_trains_as_it_is(
     facts = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert facts["status"] == "finished"
     assert facts["steps"] == 24  # ten rows in steps of four, eight times
+
+
+@pytest.mark.slow
+def test_make_quick_writes_a_recipe_once_and_trains_it(tmp_path: Path, tiny_llama: Path) -> None:
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    write_rows(tmp_path / "rows.jsonl", ROWS["question_answer"], 12)
+    command = ["make", "-f", str(ROOT / "Makefile"), "-o", "setup", "quick", f"PY={sys.executable}"]
+    command += [f"MODEL={tiny_llama}", "DATA=rows.jsonl", "ARGS=--set training.epochs=1"]
+    for runs in (1, 2):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("The recipe is valid") == (runs == 1)
+        (recipe,) = (tmp_path / "outputs" / "recipes").glob("*_rows.yaml")
+        assert len(list((tmp_path / "outputs" / recipe.stem).glob("*/adapter/adapter_model.safetensors"))) == runs
