@@ -42,6 +42,9 @@ ROWS: dict[FormatName, dict[str, Any]] = {
 }
 
 
+FAST_OR_PAIRS = ("messages", "text", "preference")
+
+
 def write_rows(path: Path, row: dict[str, Any], count: int = 60) -> Path:
     """Rows that differ in their number."""
     lines = [json.dumps(row).replace("{0}", str(number)) for number in range(count)]
@@ -67,7 +70,10 @@ def collect(lines: list[Any]) -> dict[str, Any]:
     return {line.key: line.value for line in lines}
 
 
-@pytest.mark.parametrize("format_name", [name for name in ROWS if name != "preference"])
+@pytest.mark.parametrize(
+    "format_name",
+    ["messages", "text", *(pytest.param(name, marks=pytest.mark.slow) for name in ROWS if name not in FAST_OR_PAIRS)],
+)
 def test_rows_of_each_format_give_a_recipe_that_is_valid_and_gives_a_reason_for_every_number(
     format_name: FormatName, tmp_path: Path, embedded: ModelSource, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,11 +124,11 @@ def test_rows_with_a_database_are_judged_by_running_their_answers(tmp_path: Path
 def test_a_profile_decides_how_answers_are_sampled(tmp_path: Path, embedded: ModelSource) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", ROWS["alpaca"])
     found = {}
-    for profile in ("chat", "instruction", "code"):
+    for profile in ("chat", "instruction"):
         (tmp_path / profile).mkdir()
         found[profile] = make_recipe(tmp_path / profile, rows, "--profile", profile).recipe
     assert found["chat"].generation.temperature > 0
-    assert found["instruction"].generation.temperature == found["code"].generation.temperature == 0
+    assert found["instruction"].generation.temperature == 0
     assert found["chat"].evaluation.metrics == ("loss", "perplexity")
     assert found["instruction"].evaluation.metrics == ("exact_match", "loss")
 

@@ -284,8 +284,8 @@ def write_rows(recipe: Recipe, name: str, folder: Path) -> list[str]:
 
 
 def choose_marks(path: Path) -> list[pytest.MarkDecorator]:
-    """Two families stay in the light suite: fused Conv1D modules without a template, and the usual split ones with one."""
-    return [] if path.stem in ("gpt2_instruction", "llama_chat") else [pytest.mark.slow]
+    """One family stays in the light suite."""
+    return [] if path.stem == "llama_chat" else [pytest.mark.slow]
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, marks=choose_marks(path), id=path.stem) for path in RECIPES])
