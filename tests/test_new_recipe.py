@@ -27,7 +27,7 @@ from utils.rules import find_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 NEW_RECIPE = importlib.import_module("scripts.new_recipe")
-NUMBER = re.compile(r"^ *\w+: [-+.\d][^#]*$", re.MULTILINE)
+NUMBER = re.compile(r"^ *\w+: [-+.\d][^#\n]*$", re.MULTILINE)
 METHODS = get_args(TrainingSection.model_fields["method"].annotation)
 LLAMA = next(family for family in FAMILIES if family.name == "llama")
 # One row of each format; {0} makes it a row of its own.

@@ -40,7 +40,7 @@ TRAINING_ROWS, HELD_OUT_ROWS, BATCH_SIZE = 8, 2, 4
 COMMAND = re.compile(r"^#\s+(python scripts/.+)$", re.MULTILINE)
 PARAMETERS = re.compile(r"\((\d+(?:\.\d+)?)([BM])\)|-(\d+)M\b")
 CONTROL = re.compile(r"<\|[\w\"]+\|>|<start_of_turn>|<end_of_turn>")
-NUMBER = re.compile(r"^ *\w+: [-+.\d][^#]*$", re.MULTILINE)
+NUMBER = re.compile(r"^ *\w+: [-+.\d][^#\n]*$", re.MULTILINE)
 EVERY_RECIPE = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 TRL = importlib.util.find_spec("trl")
 
