@@ -216,6 +216,8 @@ def test_the_first_command_of_help_works_and_names_the_recipe_after_model_and_fo
 def test_a_file_that_says_nothing_is_named_by_its_folder() -> None:
     assert choose_path("Qwen/Qwen2.5-0.5B", "data/sql/train.jsonl.gz") == Path("recipes/qwen2_5_0_5b_sql.yaml")
     assert choose_path("/models/mine/", "chats.jsonl") == Path("recipes/mine_chats.yaml")
+    assert choose_path("gpt2", "data/chats/*.jsonl") == Path("recipes/gpt2_chats.yaml")
+    assert choose_path("gpt2", "org/set") == Path("recipes/gpt2_set.yaml")
 
 
 def test_held_out_rows_are_found_beside_the_training_rows(tmp_path: Path) -> None:

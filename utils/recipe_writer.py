@@ -88,8 +88,8 @@ def choose_path(model: str, data: str) -> Path:
     """`recipes/<model>_<data>.yaml`; a file called train.jsonl is known by its folder."""
     path = Path(data)
     stem = path.name.partition(".")[0]
-    if stem in SAME_FOR_ALL and path.parent.name:
-        stem = path.parent.name
+    if stem in SAME_FOR_ALL or not any(character.isalnum() for character in stem):
+        stem = path.parent.name or stem
     parts = (model.rstrip("/").rsplit("/", 1)[-1], stem)
     words = ["".join(c if c.isalnum() else "_" for c in part.lower()).strip("_") for part in parts]
     return Path("recipes") / f"{'_'.join(words)}.yaml"
