@@ -1,11 +1,15 @@
 # One line per target. Variables: RECIPE=recipes/my.yaml  RUN=outputs/my/2026-…  ARGS="--set training.epochs=1"
+# of quick: MODEL=Qwen/Qwen2.5-0.5B-Instruct  DATA=my_rows.jsonl
 PYTHON ?= python3
 RECIPE ?= recipes/smollm2_sql.yaml
 RUN ?=
 ARGS ?=
 PY := .venv/bin/python
+MODEL ?= embedded/smollm2-135m-instruct
+DATA ?= data/text_to_sql/train.jsonl
+NEW_RECIPE = outputs/recipes/$(notdir $(MODEL))_$(subst /,_,$(basename $(DATA))).yaml
 RUN_OPTION := $(if $(RUN),--run $(RUN))
-.PHONY: setup setup-dev demo test lint train validate preview prepare baseline infer merge evaluate data reference clean help
+.PHONY: setup setup-dev demo quick test lint train validate preview prepare baseline infer merge evaluate data reference clean help
 
 help:  ## show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +20,9 @@ setup-dev: .venv/.installed-dev  ## the same with what tests need
 .venv/.installed-dev: .venv/.installed requirements-dev.txt ; .venv/bin/pip install --disable-pip-version-check -r requirements-dev.txt && touch $@
 demo: setup  ## baseline, training, evaluation and report of the text-to-SQL task
 	@$(PY) scripts/baseline_inference.py --recipe recipes/smollm2_sql.yaml && $(PY) scripts/train.py --recipe recipes/smollm2_sql.yaml && $(PY) scripts/evaluate_run.py
+quick: setup $(NEW_RECIPE)  ## a new recipe for MODEL and DATA (kept if it is there already), then training
+	@$(PY) scripts/train.py --recipe $(NEW_RECIPE) $(ARGS)
+$(NEW_RECIPE): | setup ; @$(PY) scripts/new_recipe.py --model $(MODEL) --data $(DATA) --out $@
 test: setup-dev  ## all tests
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 lint: setup-dev  ## style, types and architecture
@@ -36,8 +43,8 @@ merge: setup  ## merge the latest run, or RUN
 	@$(PY) scripts/merge.py $(RUN_OPTION) $(ARGS)
 evaluate: setup  ## before/after report of the latest run, or of RUN
 	@$(PY) scripts/evaluate_run.py $(RUN_OPTION) $(ARGS)
-data: setup  ## generate the shipped text-to-SQL rows anew
-	@$(PY) data/text_to_sql/generate.py && $(PY) data/text_to_sql/generate_preference.py
+data: setup  ## generate the shipped rows anew
+	@$(PY) data/text_to_sql/generate.py && $(PY) data/text_to_sql/generate_preference.py && $(PY) data/notes/generate.py
 reference: setup  ## write docs/recipe_reference.md and the JSON Schema anew
 	@$(PY) scripts/write_reference.py
 clean:  ## remove .venv and caches; runs in outputs/ stay

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from config.model_families import ModelFamily
+from config.model_families import ModelFamily, find_learning_rate
 from config.recipe_rules import PAIR_METRICS
 from config.structured_config import Recipe
 
@@ -16,10 +16,6 @@ TOO_FAR = 5.0  # a learning rate this many times above or below the table is rar
 FEW_STEPS, FEW_HELD_OUT = 20, 5
 LONG_STEP_S = 120.0
 CORE_FLOPS = 3.0e10  # operations in a second; the demo reaches 3.6e10 on each of two cores
-# Most parameters, learning rate with LoRA, learning rate with all weights (docs/design.md, section 7).
-LEARNING_RATES = ((1.25e9, 4e-4, 3e-5), (5e9, 3e-4, 2e-5), (15e9, 2e-4, 1e-5), (float("inf"), 1.3e-4, 5e-6))
-# The same for DPO and KTO, which only tilt what the model can do already; ORPO's loss is the supervised one and a term more.
-PAIR_LEARNING_RATES = ((1.25e9, 1.5e-5, 1e-6), (5e9, 1e-5, 7e-7), (15e9, 5e-6, 5e-7), (float("inf"), 3e-6, 2e-7))
 
 
 @dataclass(frozen=True)
@@ -154,9 +150,9 @@ def find_foreign_tokenizer(facts: Facts) -> str | None:
 
 def find_far_learning_rate(facts: Facts) -> str | None:
     """A learning rate far from the table."""
-    if facts.parameters is None:
-        return None
     usual, rate = find_usual_rate(facts), facts.recipe.training.learning_rate
+    if facts.parameters is None or usual is None:
+        return None
     ratio = rate / usual
     if 1 / TOO_FAR * 0.999 <= ratio <= TOO_FAR * 1.001:
         return None
@@ -166,11 +162,11 @@ def find_far_learning_rate(facts: Facts) -> str | None:
     return f"learning_rate {rate:g} is {far} the usual {usual:g} for {method} on {size} parameters"
 
 
-def find_usual_rate(facts: Facts) -> float:
-    """The table's learning rate."""
-    table = PAIR_LEARNING_RATES if facts.recipe.training.method in ("dpo", "kto") else LEARNING_RATES
-    _, lora, full = next(row for row in table if (facts.parameters or 0) <= row[0])
-    return full if facts.recipe.lora is None else lora
+def find_usual_rate(facts: Facts) -> float | None:
+    """The table's learning rate, if it has one for this method."""
+    recipe = facts.recipe
+    with_lora = recipe.lora is not None
+    return find_learning_rate(facts.parameters or 0, facts.family, recipe.training.method, with_lora=with_lora)
 
 
 def show_count(parameters: int) -> str:

@@ -1,0 +1,70 @@
+"""Write a recipe for a model and your rows, with a reason beside every number.
+
+    python scripts/new_recipe.py --model embedded/smollm2-135m-instruct --data data/text_to_sql/train.jsonl
+    python scripts/new_recipe.py --model Qwen/Qwen2.5-0.5B-Instruct --data my_chats.jsonl --profile chat --out recipes/mine.yaml
+
+The numbers come from the family table, the model's size, and the rows' format, number and length. The recipe is validated at
+once, and trains as it is. A model of the hub that is not in the cache is known by its name only, and what could not be checked
+is said. Nothing is overwritten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from config.model_families import guess_parameters
+from utils import cli
+from utils.recipe_choices import METHODS, PROFILES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes and checks the recipe; returns the exit code."""
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--model", required=True, metavar="NAME", help="hub id, folder or embedded/<name>")
+    parser.add_argument("--data", required=True, metavar="FILE", help="training rows: file, glob or hub dataset")
+    parser.add_argument(
+        "--profile", choices=PROFILES, help="kind of answers: sampling and metrics (default: by the rows)"
+    )
+    parser.add_argument("--method", choices=METHODS, help="as in training.method (default: what fits the rows)")
+    parser.add_argument(
+        "--size", type=read_size, metavar="N", help="parameters, such as 1.5B, where nothing tells them"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: recipes/<model>_<data>.yaml)")
+    options = parser.parse_args(arguments)
+
+    from utils.preflight import summarise_preflight
+    from utils.preview import print_warnings
+    from utils.recipe_writer import Order, check_new_recipe, describe_unchecked, plan_recipe, write_recipe
+
+    order = Order(options.model, options.data, options.profile, options.method, options.size, options.out)
+    plan = plan_recipe(order)
+    loaded = write_recipe(plan)
+    print(plan.path.read_text(encoding="utf-8"))
+    print(f"Recipe: {plan.path}")
+    preflight = check_new_recipe(loaded, plan)
+    if preflight is None:
+        print(describe_unchecked(plan.model), file=sys.stderr)
+        print(f"Next: python scripts/validate.py --recipe {plan.path}")
+        return 0
+    print_warnings(preflight.warnings)
+    for name, value in summarise_preflight(preflight).items():
+        print(f"{name.replace('_', ' ')}: {value}")
+    print(f"\nThe recipe is valid. Next: python scripts/train.py --recipe {plan.path}")
+    return 0
+
+
+def read_size(text: str) -> int:
+    """`1.5B` or `135M` as a number."""
+    found = guess_parameters(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1.5B or 135M")
+    return found
+
+
+if __name__ == "__main__":
+    cli.run(main)
