@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,9 +230,16 @@ def format_row(result: Measurement) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def format_page(results: Sequence[Measurement]) -> str:
+def read_rows(page: Path) -> dict[str, str]:
+    """The lines of the table by the name of their case; none before the page was first written."""
+    lines = page.read_text(encoding="utf-8").splitlines() if page.is_file() else []
+    names = {case.name for case in CASES}
+    return {name: line for line in lines if (name := line.split(" | ")[0].removeprefix("| ")) in names}
+
+
+def format_page(rows: Mapping[str, str]) -> str:
     """The whole result as Markdown."""
-    errors = [abs(result.error) for result in results]
+    errors = [abs(int(row.split(" | ")[4].removesuffix(" %"))) for row in rows.values()]
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
     libc = " ".join(platform.libc_ver())
@@ -241,14 +247,15 @@ def format_page(results: Sequence[Measurement]) -> str:
         "# Predicted and measured memory",
         "",
         "`python benchmarks/memory.py --write` trains every shipped recipe for three steps and compares the prediction of the",
-        "pre-flight (`utils/memory.py`) with the peak resident memory of the process. All but the embedded model have random",
-        "weights of the real architecture and the embedded model's tokenizer. No run here used a GPU.",
+        "pre-flight (`utils/memory.py`) with the peak resident memory of the process; with `--only` it measures some of them",
+        "anew. All but the embedded model have random weights of the real architecture and the embedded model's tokenizer. No",
+        "run here used a GPU.",
         "",
         "| recipe | parameters with adapters | predicted | measured | error | peak while |",
         "|---|---|---|---|---|---|",
-        *(format_row(result) for result in results),
+        *(rows[case.name] for case in CASES if case.name in rows),
         "",
-        f"Mean error {100 * math.fsum(errors) / len(errors):.0f} %, largest {100 * max(errors):.0f} %.",
+        f"Mean error {sum(errors) / len(errors):.0f} %, largest {max(errors)} %.",
         "",
         f"Machine: {platform.machine()}, {cores} cores, {show_bytes(measure_memory()[0])} of memory, {libc}, "
         f"Python {platform.python_version()}, {versions}.",
@@ -267,14 +274,15 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write docs/results/memory.md")
     options = parser.parse_args()
     limit = int(options.limit_gb * 1e9) if options.limit_gb else measure_memory()[1] // 2
-    results = []
+    rows = read_rows(RESULT)
     for case in CASES:
         if not options.only or options.only in case.name:
-            results.append(measure(case, limit))
-            print(format_row(results[-1]), flush=True)
-    if options.write and results:
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        RESULT.write_text(format_page(results), encoding="utf-8")
+            rows[case.name] = format_row(measure(case, limit))
+            print(rows[case.name], flush=True)
+            if options.write:
+                RESULT.parent.mkdir(parents=True, exist_ok=True)
+                RESULT.write_text(format_page(rows), encoding="utf-8")
+    if options.write:
         print(f"Written: {RESULT}")
 
 
