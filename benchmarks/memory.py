@@ -246,7 +246,7 @@ def format_page(rows: Mapping[str, str]) -> str:
     lines = [
         "# Predicted and measured memory",
         "",
-        "`python benchmarks/memory.py --write` trains every shipped recipe for three steps and compares the prediction of the",
+        "`python benchmarks/memory.py --write` trains a recipe of each shipped model for three steps and compares the prediction of the",
         "pre-flight (`utils/memory.py`) with the peak resident memory of the process; with `--only` it measures some of them",
         "anew. All but the embedded model have random weights of the real architecture and the embedded model's tokenizer. No",
         "run here used a GPU.",
