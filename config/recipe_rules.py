@@ -34,6 +34,7 @@ def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     if recipe.model.quantization != "none" and recipe.lora is None:
         message = f"{recipe.model.quantization} weights are frozen, so there is nothing to train without a lora section"
         yield RuleViolation(("model", "quantization"), message, "add a lora section, or set quantization: none")
+    yield from find_adapter_violations(recipe)
     if training.packing and training.neftune_alpha is not None:
         message = "NEFTune's noise is scaled by the length of one example, which packing hides"
         yield RuleViolation(("training", "neftune_alpha"), message, "set packing: false, or remove neftune_alpha")
@@ -107,6 +108,9 @@ def find_preference_violations(recipe: Recipe) -> Iterator[RuleViolation]:
         if dpo.reference == "adapter_off" and recipe.lora is None:
             message = "without a lora section there is no adapter to switch off"
             yield RuleViolation(("dpo", "reference"), message, "set reference: precomputed, or add a lora section")
+        if dpo.reference == "adapter_off" and recipe.lora is not None and recipe.lora.variant == "pissa":
+            message = "pissa takes a part out of the base, so without its adapter the base is no longer the reference"
+            yield RuleViolation(("dpo", "reference"), message, "set reference: precomputed, or lora.variant: lora")
 
 
 def find_cadence_violations(training: TrainingSection, total_steps: int) -> Iterator[RuleViolation]:
@@ -115,3 +119,27 @@ def find_cadence_violations(training: TrainingSection, total_steps: int) -> Iter
         if isinstance(every, int) and every > total_steps:
             message = f"{key} {every} lies beyond the run's {total_steps} steps"
             yield RuleViolation(("training", key), message, f"set it to {total_steps} or less, or to epoch")
+
+
+def find_adapter_violations(recipe: Recipe) -> Iterator[RuleViolation]:
+    """Yields what cannot stand together in bases, adapters and added tokens."""
+    model, lora, tokens = recipe.model, recipe.lora, recipe.data.added_tokens
+    if model.quantization != "none" and model.adapter is not None:
+        message = f"an adapter folded into {model.quantization} weights would be rounded to their few values"
+        fix = "merge it first (scripts/merge.py), and name the merged folder in model.name"
+        yield RuleViolation(("model", "adapter"), message, fix)
+    if lora is not None and lora.variant == "pissa" and model.quantization != "none":
+        message = f"pissa takes the largest singular values out of the base, and {model.quantization} weights cannot give them"
+        yield RuleViolation(("lora", "variant"), message, "set model.quantization: none, or lora.variant: lora")
+    if lora is not None and lora.variant == "dora" and model.quantization == "int8":
+        message = "dora reads the base's weights at every step, and 8-bit modules lose their scales when it does"
+        yield RuleViolation(("lora", "variant"), message, "set model.quantization: nf4, or lora.variant: lora")
+    if lora is not None and not isinstance(lora.target_modules, str):
+        for name in sorted({*lora.modules_to_save} & {*lora.target_modules}):
+            message = f"{name} cannot be trained whole and carry an adapter"
+            yield RuleViolation(("lora", "modules_to_save"), message, "keep it in one of the two lists")
+    for token in sorted({token for token in tokens if tokens.count(token) > 1}):
+        yield RuleViolation(("data", "added_tokens"), f"{token!r} stands there twice", "remove one")
+    for token in (token for token in tokens if token != token.strip()):
+        message = f"{token!r} begins or ends with white space, which tokenizers cut off"
+        yield RuleViolation(("data", "added_tokens"), message, "write it without")

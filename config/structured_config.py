@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, GenerationConfig
 
 Strings = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)]
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 FormatName = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text", "preference"]
 MetricName = Literal[
     "loss",
@@ -54,6 +55,9 @@ class ModelSection(Section):
     """Number format of the frozen weights; auto takes bfloat16 where a probe finds that the machine computes it quickly."""
     quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
     """Store the frozen base in 8 or 4 bits (bitsandbytes); needs a `lora` section."""
+    adapter: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of a finished LoRA adapter, or of the run that trained it: it is folded into the base when the model is loaded,
+    so that this run starts from, and is compared with, what that run has learned."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only this line can switch it on."""
 
@@ -130,6 +134,9 @@ class DataSection(Section):
     template: Annotated[str, Field(min_length=1)] = "auto"
     """auto, a shipped template (alpaca, chatml, gemma, llama2, llama3, mistral, phi, qwen, raw, vicuna, zephyr), the path
     of a `.jinja` file, or Jinja text."""
+    added_tokens: Names = ()
+    """Tokens that the tokenizer does not have yet: each becomes one id with an embedding of its own, and with a `lora` section
+    only these new rows are trained."""
     system: str | None = None
     """System message for rows that bring none; null leaves it to the chat template."""
     loss_on: Literal["assistant", "last", "all"] = "assistant"
@@ -151,8 +158,11 @@ class LoraSection(Section):
     """Dropout on the input of the adapters."""
     target_modules: Literal["all-linear"] | Strings = "all-linear"
     """Names of the modules that get an adapter, or all linear ones but the head."""
-    variant: Literal["lora", "rslora", "dora"] = "lora"
-    """lora, rsLoRA (arXiv 2312.03732) or DoRA (arXiv 2402.09353)."""
+    variant: Literal["lora", "rslora", "dora", "pissa"] = "lora"
+    """lora, rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.09353) or PiSSA (arXiv 2404.02948), which starts from the largest
+    singular values and is saved as a plain adapter of twice the rank."""
+    modules_to_save: Names = ()
+    """Names of modules that are trained whole and saved with the adapter, such as `embed_tokens`, `lm_head` or `norm`."""
     plus_ratio: Annotated[float, Field(ge=1.0, le=256.0)] | None = None
     """LoRA+ (arXiv 2402.12354): the B matrices learn this many times faster than the A matrices; null trains both alike."""
 
@@ -169,6 +179,9 @@ class LoraSection(Section):
             target_modules=targets,
             use_rslora=self.variant == "rslora",
             use_dora=self.variant == "dora",
+            # The fast decomposition of the paper's appendix: exact for training, because the rest of W is W minus the product.
+            init_lora_weights="pissa_niter_16" if self.variant == "pissa" else True,
+            modules_to_save=list(self.modules_to_save) or None,
         )
 
 

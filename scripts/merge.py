@@ -2,8 +2,12 @@
 
     python scripts/merge.py
     python scripts/merge.py --run outputs/smollm2_sql/2026-11-21_12-00-00 --out my_model
+    python scripts/merge.py --base dequantized
 
-The merged model is read back from disk and compared with base plus adapter; if it drifts, nothing is written.
+The merged model is read back from disk and compared with base plus adapter; if it drifts, nothing is written. An adapter that
+was trained on a quantised base goes into the full-precision one, or with --base dequantized into the weights that the quantised
+base stands for; either way the distance from what was trained is printed. A run that trained all weights is copied in the
+number format of its base.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils import cli
-from utils.exceptions import AdapterError, RunError
+from utils.exceptions import RunError
 from utils.run_folder import find_run
 
 
@@ -24,26 +28,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = cli.make_parser(__doc__)
     cli.add_run_argument(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to create (default: merged/ in the run folder)")
+    what = "of a quantised run: merge into the full-precision base (default), or into its dequantised weights"
+    parser.add_argument("--base", choices=("full", "dequantized"), default="full", help=what)
     options = parser.parse_args(arguments)
     folder = find_run(options.run)
     loaded = folder.load_recipe()
     folder.check_complete()
     target = options.out or folder.path / "merged"
-    if folder.model.is_dir():
-        message = "this run trained all weights: there is no adapter to merge"
-        raise AdapterError(message, where=str(folder.path), fix=f"use {folder.model}", code="no-adapter")
+    if options.base == "dequantized" and loaded.recipe.model.quantization == "none":
+        message = "--base dequantized is for runs on a quantised base, and this one has none"
+        raise RunError(message, where=str(folder.path), fix="leave --base out", code="not-quantised")
     if target.exists():
         raise RunError("the folder exists already", where=str(target), fix="name another one with --out", code="exists")
 
     from utils.backends import load_backend
-    from utils.merging import merge_run
+    from utils.merging import Trained, merge_run
     from utils.model_source import find_model
     from utils.preflight import open_run_tokenizer
 
     source = find_model(loaded.recipe.model, loaded.find_origin("model.name"), with_weights=True)
     tokenizer = open_run_tokenizer(loaded, source, folder)
-    drift = merge_run(load_backend(loaded.recipe.backend), loaded, source, folder, tokenizer, target)
-    print(f"Merged and verified against the adapter: {drift}")
+    backend = load_backend(loaded.recipe.backend)
+    merge = merge_run(backend, Trained(loaded, source, folder, tokenizer), target, options.base)
+    print(f"Merged ({merge.base}), read back and compared: {merge.drift}")
+    if merge.trained_drift:
+        print(
+            f"Against what was trained, the {loaded.recipe.model.quantization} base with the adapter: {merge.trained_drift}"
+        )
     print(f"Model folder: {target}")
     print(f"Next: python scripts/infer.py --model {target}")
     return 0

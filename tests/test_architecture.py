@@ -420,6 +420,7 @@ def test_all_files_of_the_house_are_seen_by_these_tests() -> None:
 
 # Reached from the token path, but no token depends on them: messages, progress, downloads, and padding after the cache.
 BESIDE_THE_TOKENS = {
+    "utils.adapter_source",
     "utils.backends.embedded_model",
     "utils.batching",
     "utils.download_progress",

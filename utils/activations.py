@@ -22,14 +22,22 @@ def list_adapted(lora: LoraSection, shape: ModelShape) -> list[Linear]:
 
 
 def count_adapters(lora: LoraSection | None, shape: ModelShape) -> int:
-    """Parameters of the adapters: rank × (inputs + outputs) of each module, and a magnitude for each output with DoRA."""
+    """Trained parameters beside the base: rank × (inputs + outputs) of each module, a magnitude for each output with DoRA,
+    and the embedding and the head where they are trained whole."""
     if lora is None:
         return 0
     each = (
         lora.r * (linear.inputs + linear.outputs) + (linear.outputs if lora.variant == "dora" else 0)
         for linear in list_adapted(lora, shape)
     )
-    return shape.layers * sum(each)
+    return shape.layers * sum(each) + count_whole_ends(lora, shape)
+
+
+def count_whole_ends(lora: LoraSection, shape: ModelShape) -> int:
+    """Parameters of embedding and head in `lora.modules_to_save`; smaller modules do not matter."""
+    ends = {"embed_tokens", "wte", "lm_head"} & {name.rsplit(".", 1)[-1] for name in lora.modules_to_save}
+    matrices = min(1, len(ends)) if shape.anatomy.tied else len(ends)
+    return matrices * shape.vocabulary * shape.hidden
 
 
 def count_activations(recipe: Recipe, shape: ModelShape, item: ForwardPass, size: int, device: str) -> int:

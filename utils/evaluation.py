@@ -90,9 +90,13 @@ def evaluate_run(
 
 
 def load_trained_model(backend: Backend, base: Any, recipe: Recipe, folder: RunFolder) -> Any:
-    """The run's model with its adapters folded in; after full fine-tuning, the run's own model."""
+    """The run's model with its adapters folded in; after full fine-tuning, the run's own model.
+
+    On a quantised base the adapter stays beside it, as in training: folded in, the sum would be rounded to a few values.
+    """
     if folder.adapter.is_dir():
-        return backend.merge_adapter(backend.load_adapter(base, folder.adapter))
+        adapted = backend.load_adapter(base, folder.adapter)
+        return adapted if recipe.model.quantization != "none" else backend.merge_adapter(adapted)
     return backend.load_model(ModelSource(str(folder.model), folder.model, {}), recipe)
 
 

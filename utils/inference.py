@@ -70,7 +70,8 @@ class Responder:
         Sampled answers are never cached: they are meant to differ.
         """
         facts = self.backend.describe_machine(self.model)
-        path = find_baseline_file(source, prompts, self.settings, f"{facts.device_name} {facts.dtype}")
+        numbers = f"{facts.device_name} {facts.dtype} {facts.quantization} {len(self.tokenizer.tokenizer)} tokens"
+        path = find_baseline_file(source, prompts, self.settings, numbers)
         greedy = self.settings.generation.temperature == 0
         if greedy and path.is_file():
             get_logger().info("Answers of the untouched model: read from %s", path)
@@ -84,7 +85,7 @@ class Responder:
 
 def find_baseline_file(source: ModelSource, prompts: Sequence[Ids], settings: GenerationSettings, machine: str) -> Path:
     """Cache file for the untouched model's greedy answers: named by everything they depend on."""
-    digest = hashlib.sha256(source.hash_weights().encode())
+    digest = hashlib.sha256(f"{source.hash_weights()} {source.hash_adapter()}".encode())
     digest.update(json.dumps([settings.generation.model_dump(), settings.stop_ids, machine]).encode())
     for prompt in prompts:
         digest.update(prompt.tobytes() + b"|")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +15,13 @@ from config.structured_config import Recipe
 from utils.backends import Backend
 from utils.batching import Batch, pad_prompts_left
 from utils.checkpoint import write_folder_atomically
+from utils.evaluation import load_trained_model
 from utils.exceptions import AdapterError
 from utils.model_source import ModelSource
 from utils.run_folder import RunFolder
 from utils.tokenizer_utils import TokenizerUtils
 
+BaseName = Literal["full", "dequantized"]
 MAX_DIVERGENCE = 0.02  # nats; rounding to bfloat16 moves a 135M model by about 0.001, a wrong merge by more than 1
 PROBES = (
     "What is the capital of France?",
@@ -50,42 +52,99 @@ class MergeDrift:
         )
 
 
-def merge_run(
-    backend: Backend,
-    loaded: LoadedRecipe,
-    source: ModelSource,
-    folder: RunFolder,
-    tokenizer: TokenizerUtils,
-    target: Path,
-) -> MergeDrift:
+@dataclass(frozen=True)
+class Merge:
+    """What a merge is proven by.
+
+    Attributes:
+        base: what the adapter was folded into, in words.
+        drift: merged model, read back from disk, against the adapter on that same base.
+        trained_drift: merged model against the quantised base with the adapter, which is what was trained; None where
+            nothing was quantised.
+    """
+
+    base: str
+    drift: MergeDrift
+    trained_drift: MergeDrift | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run and all that it takes to load it.
+
+    Attributes:
+        source: the base model.
+        folder: holds adapter/ or model/.
+        tokenizer: with the run's template and added tokens.
+    """
+
+    loaded: LoadedRecipe
+    source: ModelSource
+    folder: RunFolder
+    tokenizer: TokenizerUtils
+
+
+def merge_run(backend: Backend, run: Trained, target: Path, base: BaseName = "full") -> Merge:
     """Merges into `target`, reloads it from disk and compares its logits with those of base plus adapter.
 
-    A quantised run merges into the full-precision base.
+    Args:
+        base: what the adapter of a quantised run is folded into: the full-precision base, or the dequantised one, which is
+            what was trained but for rounding.
 
     Raises:
         AdapterError: the merged model does not predict what the adapter predicts; nothing is left behind.
     """
-    values = loaded.recipe.model_dump(exclude_unset=True)
-    values["model"] = {**values["model"], "quantization": "none"}
-    recipe = Recipe(**values)
-    batch = make_probe_batch(tokenizer)
-    adapted = backend.load_adapter(backend.load_model(source, recipe), folder.adapter)
+    model = run.loaded.recipe.model
+    plain = run.loaded.recipe.model_copy(update={"model": model.model_copy(update={"quantization": "none"})})
+    batch = make_probe_batch(run.tokenizer)
+    trained = compute_trained_logits(backend, run, batch) if model.quantization != "none" else None
+    adapted, name = load_adapted(backend, run, plain, base)
     expected = backend.compute_logits(adapted, batch)
     merged = backend.merge_adapter(adapted)
-    dtype_name = str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32")
-    drifts: list[MergeDrift] = []
+    found: list[Merge] = []
 
     def write(temporary: Path) -> None:
-        backend.save_merged(merged, temporary, dtype_name)
-        save_companions(tokenizer, temporary)
-        reloaded = backend.load_model(ModelSource(str(temporary), temporary, {}), recipe)
-        drifts.append(measure_drift(expected, backend.compute_logits(reloaded, batch)))
-        if not drifts[0].mean_divergence <= MAX_DIVERGENCE:  # also true for NaN
+        backend.save_merged(merged, temporary, find_stored_dtype(run.source))
+        save_companions(run.tokenizer, temporary)
+        reloaded = backend.load_model(ModelSource(str(temporary), temporary, {}), plain)
+        got = backend.compute_logits(reloaded, batch)
+        drift = measure_drift(expected, got)
+        if not drift.mean_divergence <= MAX_DIVERGENCE:  # also true for NaN
             fix = "keep base and adapter apart: scripts/infer.py --run reads them"
-            raise AdapterError(f"the merged model drifts: {drifts[0]}", where=str(target), fix=fix, code="merge-drift")
+            raise AdapterError(f"the merged model drifts: {drift}", where=str(target), fix=fix, code="merge-drift")
+        found.append(Merge(name, drift, None if trained is None else measure_drift(trained, got)))
 
     write_folder_atomically(target, write)
-    return drifts[0]
+    return found[0]
+
+
+def load_adapted(backend: Backend, run: Trained, plain: Recipe, base: BaseName) -> tuple[Any, str]:
+    """Base with adapter as it is going to be merged, and what it stands on in words; the whole model if all was trained.
+
+    Args:
+        plain: the recipe with a base that is not quantised.
+    """
+    if not run.folder.adapter.is_dir():
+        return load_trained_model(backend, None, plain, run.folder), "a copy: all weights were trained"
+    recipe = run.loaded.recipe
+    if recipe.model.quantization != "none" and base == "dequantized":
+        dequantised = backend.dequantize(backend.load_model(run.source, recipe))
+        return backend.load_adapter(
+            dequantised, run.folder.adapter
+        ), f"into what {recipe.model.quantization} made of the base"
+    full = backend.load_model(run.source, plain)
+    return backend.load_adapter(full, run.folder.adapter), "into the full-precision base"
+
+
+def compute_trained_logits(backend: Backend, run: Trained, batch: Batch) -> npt.NDArray[np.float32]:
+    """What the run's model predicts as it was trained: the quantised base with the adapter beside it."""
+    base = backend.load_model(run.source, run.loaded.recipe)
+    return backend.compute_logits(backend.load_adapter(base, run.folder.adapter), batch)
+
+
+def find_stored_dtype(source: ModelSource) -> str:
+    """Number format of the base model's own files: the merged folder has the same size."""
+    return str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32")
 
 
 def make_probe_batch(tokenizer: TokenizerUtils) -> Batch:

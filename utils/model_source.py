@@ -7,7 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ EMBEDDED_MODELS = {"smollm2-135m-instruct": "llama"}  # name → model_type, kno
 DEFAULT_MODEL = EMBEDDED_PREFIX + next(iter(EMBEDDED_MODELS))
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
 MAX_CONFIG_BYTES = 10_000_000
 MAX_INDEX_BYTES = 100_000_000
@@ -33,11 +34,13 @@ class ModelSource:
         name: as the recipe says it.
         folder: holds config.json, the tokenizer and, once fetched, safetensors.
         config: the parsed config.json.
+        adapter: folder of a finished adapter that is folded into the weights when they are loaded.
     """
 
     name: str
     folder: Path
     config: dict[str, Any]
+    adapter: Path | None = None
 
     @property
     def model_type(self) -> str:
@@ -72,22 +75,33 @@ class ModelSource:
                     digest.update(file.read(4096))
         return digest.hexdigest()
 
+    def hash_adapter(self) -> str | None:
+        """SHA-256 over config and weights of the adapter that is folded in, or None without one."""
+        if self.adapter is None:
+            return None
+        parts = [hash_file(self.adapter / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
 
 def get_cache_folder() -> Path:
     """Folder for converted models: TUNEBOOK_CACHE, or ~/.cache/tunebook."""
     return Path(os.environ.get("TUNEBOOK_CACHE") or Path.home() / ".cache" / "tunebook").expanduser()
 
 
-def find_model(model: ModelSection, where: str, *, with_weights: bool) -> ModelSource:
-    """Finds the model's folder, downloading from the hub what is missing.
+def find_model(
+    model: ModelSection, where: str, *, with_weights: bool, adapter_where: str = "model.adapter"
+) -> ModelSource:
+    """Finds the model's folder, downloading from the hub what is missing, and the adapter that is folded into it.
 
     Args:
         model: the recipe's section.
         where: `file:line` of model.name, for errors.
         with_weights: False fetches only the config and the tokenizer, which is all that a pre-flight needs.
+        adapter_where: `file:line` of model.adapter, for errors.
 
     Raises:
-        RecipeError: no such embedded model or folder.
+        RecipeError: no such embedded model or folder, or no such adapter.
+        AdapterError: an adapter that does not fit.
         ModelLoadingError: not in the cache while offline, not reachable, incomplete, or without safetensors.
         MachineError: not enough room on the disk.
     """
@@ -105,7 +119,11 @@ def find_model(model: ModelSection, where: str, *, with_weights: bool) -> ModelS
     source = ModelSource(model.name, folder, read_config(folder, where))
     if with_weights:
         check_weight_files(source)
-    return source
+    if model.adapter is None:
+        return source
+    from utils.adapter_source import find_adapter
+
+    return replace(source, adapter=find_adapter(model.adapter, source, adapter_where))
 
 
 def is_on_hub(name: str) -> bool:
@@ -234,6 +252,15 @@ def iterate_tensor_shapes(source: ModelSource) -> Iterator[tuple[str, tuple[int,
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ModelLoadingError("the safetensors header is damaged", where=str(path), code="damaged") from error
         yield from shapes
+
+
+def list_modules(source: ModelSource) -> list[str]:
+    """Last names of all modules that have weights; the output head too where its weights are the input embedding's.
+
+    Empty before the weights are downloaded.
+    """
+    found = {name.split(".")[-2] for name, _ in iterate_tensor_shapes(source) if "." in name}
+    return sorted({*found, "lm_head"}) if found else []
 
 
 def list_linear_modules(source: ModelSource) -> list[str]:

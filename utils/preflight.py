@@ -14,13 +14,21 @@ from config.model_families import find_family, find_family_by_name
 from config.recipe_io import LoadedRecipe
 from config.recipe_rules import find_cadence_violations
 from config.structured_config import Recipe
-from utils.chat_templates import ChatTemplate
+from utils.added_tokens import add_tokens, find_added_ids
+from utils.chat_templates import ChatTemplate, find_template
 from utils.data_formats import Example
 from utils.exceptions import DataError, Problem, RecipeError, RunError
 from utils.logging import get_logger
 from utils.machine import guess_device
 from utils.model_shape import find_positions, has_learned_positions
-from utils.model_source import EMBEDDED_MODELS, EMBEDDED_PREFIX, ModelSource, find_model, list_linear_modules
+from utils.model_source import (
+    EMBEDDED_MODELS,
+    EMBEDDED_PREFIX,
+    ModelSource,
+    find_model,
+    list_linear_modules,
+    list_modules,
+)
 from utils.prepared_data import PreparedData, iterate_held_out, prepare_data
 from utils.resources import Resources, plan_resources, summarise_resources
 from utils.row_checks import RowScan, scan_rows
@@ -92,8 +100,10 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     scan = scan_rows(recipe.data, recipe.seed, loaded.find_origin)
     apply_rules(loaded, Facts(recipe, family, formats=scan.formats))
     check_metrics(loaded, scan)
-    source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=False)
-    apply_rules(loaded, Facts(recipe, source.family, modules=tuple(list_linear_modules(source))))
+    where, adapter_where = loaded.find_origin("model.name"), loaded.find_origin("model.adapter")
+    source = find_model(recipe.model, where, with_weights=False, adapter_where=adapter_where)
+    modules = tuple(list_linear_modules(source))
+    apply_rules(loaded, Facts(recipe, source.family, modules=modules, whole_modules=tuple(list_modules(source))))
     row_formats = {*scan.formats, *scan.features}
     tokenizer = open_run_tokenizer(loaded, source, run) if run else open_tokenizer(loaded, source, row_formats)
     data = prepare_data(loaded, scan, tokenizer)
@@ -202,6 +212,10 @@ def open_tokenizer(loaded: LoadedRecipe, source: ModelSource, row_formats: Colle
     tokenizer = load_tokenizer(source.folder)
     if data.strategy == "chat" and data.template == "auto" and not tokenizer.chat_template:
         raise make_no_chat_error(loaded, loaded.recipe.model.name)
+    if data.added_tokens:
+        own = tokenizer.chat_template
+        found = find_template(data.template, data.strategy, own, row_formats, loaded.find_origin("data.template"))
+        add_tokens(tokenizer, data.added_tokens, loaded.find_origin("data.added_tokens"), template=found.source)
     return TokenizerUtils(
         tokenizer,
         template=data.template,
@@ -222,6 +236,9 @@ def open_run_tokenizer(loaded: LoadedRecipe, source: ModelSource, run: RunFolder
     tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else source.folder)
     template = ChatTemplate(f"saved in {folder}", str(tokenizer.chat_template or ""))
     facts = run.read_facts()
+    if find_added_ids(tokenizer, data.added_tokens):
+        message = "the run's tokenizer lacks data.added_tokens"
+        raise RunError(message, where=str(folder), fix="restore tokenizer.json, or train again", code="tokens-lost")
     if template.hash != facts.get("template_hash"):
         message = "the saved chat template is not the one that the run was trained with"
         fix = f"restore {folder / 'chat_template.jinja'}, or train again"

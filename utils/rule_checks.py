@@ -26,6 +26,7 @@ class Facts:
         recipe: the valid recipe.
         family: the model's row in the family table.
         modules: names of the linear modules that an adapter can attach to.
+        whole_modules: names of the modules that can be trained whole.
         has_chat_template: whether the tokenizer brings a chat template.
         parameters: of the model.
         positions: longest sequence that the model was made for, in tokens.
@@ -44,6 +45,7 @@ class Facts:
     recipe: Recipe
     family: ModelFamily | None = None
     modules: tuple[str, ...] = ()
+    whole_modules: tuple[str, ...] = ()
     has_chat_template: bool | None = None
     parameters: int | None = None
     positions: int | None = None
@@ -81,6 +83,15 @@ def list_missing_targets(facts: Facts) -> list[str]:
 def find_lora_target(facts: Facts) -> str | None:
     """A LoRA target that does not exist."""
     missing = list_missing_targets(facts)
+    names = ", ".join(repr(name) for name in missing)
+    return f"no module of {facts.recipe.model.name} is called {names}" if missing else None
+
+
+def find_unknown_module(facts: Facts) -> str | None:
+    """A module to train whole that does not exist."""
+    lora = facts.recipe.lora
+    asked = lora.modules_to_save if lora and facts.whole_modules else ()
+    missing = [name for name in asked if name.rsplit(".", 1)[-1] not in facts.whole_modules]
     names = ", ".join(repr(name) for name in missing)
     return f"no module of {facts.recipe.model.name} is called {names}" if missing else None
 
@@ -143,7 +154,11 @@ def find_answer_beyond_positions(facts: Facts) -> str | None:
 
 def find_foreign_tokenizer(facts: Facts) -> str | None:
     """Token ids that the model has no embedding for."""
-    if facts.vocabulary is None or facts.largest_id is None or facts.largest_id < facts.vocabulary:
+    if facts.vocabulary is None or facts.largest_id is None:
+        return None
+    if facts.largest_id < facts.vocabulary + len(
+        facts.recipe.data.added_tokens
+    ):  # these get rows when the model is loaded
         return None
     return f"the tokenizer gives the id {facts.largest_id}, and the model has embeddings for {facts.vocabulary} tokens"
 

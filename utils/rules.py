@@ -30,6 +30,7 @@ from utils.rule_checks import (
     find_no_preference_metric,
     find_preference_rows,
     find_raw_text,
+    find_unknown_module,
     find_usual_rate,
     list_modules,
 )
@@ -130,6 +131,13 @@ RULES = (
         "set training.optimizer: adamw, or adafactor where all weights are trained and memory is short",
     ),
     Rule("error", "lora-target", "lora.target_modules", find_lora_target, list_modules),
+    Rule(
+        "error",
+        "unknown-module",
+        "lora.modules_to_save",
+        find_unknown_module,
+        lambda facts: f"modules here: {', '.join(facts.whole_modules)}",
+    ),
     Rule(
         "error",
         "preference-rows",

@@ -375,3 +375,33 @@ def test_what_a_foreign_name_points_to_exists(name: str) -> None:
 
 def test_no_foreign_name_is_a_top_level_key_or_section_of_ours() -> None:
     assert not set(FOREIGN_NAMES) & set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"quantization": "nf4"}, "lora": {"variant": "pissa"}}, "largest singular values"),
+        ({"model": {"quantization": "int8"}, "lora": {"variant": "dora"}}, "lose their scales"),
+        ({"model": {"quantization": "nf4", "adapter": "runs/one"}, "lora": {}}, "merge it first|rounded to their few"),
+        (
+            {"lora": {"target_modules": ["q_proj", "o_proj"], "modules_to_save": ["o_proj"]}},
+            "o_proj cannot be trained whole",
+        ),
+        (
+            {"training": {"method": "dpo"}, "dpo": {"reference": "adapter_off"}, "lora": {"variant": "pissa"}},
+            "no longer the reference",
+        ),
+        ({"data": {"added_tokens": ["<a>", "<b>", "<a>"]}}, "'<a>' stands there twice"),
+        ({"data": {"added_tokens": [" <a>"]}}, "white space"),
+    ],
+)
+def test_adapters_bases_and_tokens_that_cannot_stand_together_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Recipe(**make_values(**change))
+
+
+def test_pissa_and_whole_modules_reach_peft() -> None:
+    config = LoraSection(variant="pissa", modules_to_save=("lm_head",)).to_peft_config()
+    assert config.init_lora_weights == "pissa_niter_16"
+    assert config.modules_to_save == ["lm_head"]
+    assert LoraSection().to_peft_config().init_lora_weights is True

@@ -105,6 +105,13 @@ def test_adapters_have_as_many_parameters_as_peft_gives_them(model_type: str, va
     assert count_adapters(None, read_known_shape(model_type)) == 0
 
 
+@pytest.mark.parametrize(("model_type", "names"), [("llama", ["embed_tokens", "lm_head"]), ("gpt2", ["lm_head"])])
+def test_modules_that_are_trained_whole_are_counted(model_type: str, names: list[str]) -> None:
+    shape = read_known_shape(model_type)
+    whole = count_adapters(LoraSection.model_validate({"modules_to_save": names}), shape)
+    assert whole - count_adapters(LoraSection(), shape) == len(names) * shape.vocabulary * shape.hidden
+
+
 def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer() -> None:
     shape, item = read_known_shape("llama"), ForwardPass(ROWS, LENGTH, 16, False)
     whole = count_activations(make_recipe(LoraSection()), shape, item, 4, "cpu")

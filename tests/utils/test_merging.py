@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from config.recipe_io import load_recipe
 from config.structured_config import ModelSection
 from utils.backends import torch_backend
+from utils.batching import pad_rows
 from utils.exceptions import AdapterError
-from utils.merging import measure_drift, merge_run
+from utils.merging import Merge, Trained, measure_drift, merge_run
 from utils.model_source import find_model
 from utils.run_folder import RunFolder
-from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
+from utils.tokenizer_utils import EncodedExample, TokenizerUtils, load_tokenizer
 
 
 def test_drift_is_zero_for_equal_logits_and_the_kl_divergence_otherwise() -> None:
@@ -60,5 +62,70 @@ def test_a_merge_that_loses_the_adapter_to_rounding_is_refused_and_leaves_nothin
     torch_backend.save_weights(model, folder.adapter)
     tokenizer = TokenizerUtils(load_tokenizer(base))
     with pytest.raises(AdapterError, match="drifts"):
-        merge_run(torch_backend, loaded, source, folder, tokenizer, tmp_path / "merged")
+        merge_run(torch_backend, Trained(loaded, source, folder, tokenizer), tmp_path / "merged")
     assert not list(tmp_path.glob("*merged*"))
+
+
+def finish_run(base: Path, folder: Path, body: dict[str, Any]) -> Trained:
+    """A run of a few steps on the tiny model, as train.py leaves it."""
+    folder.mkdir()
+    recipe = folder / "recipe.yaml"
+    body = {"data": {"train": "x"}, "training": {"method": "sft"}, **body}
+    body["model"] = {"name": str(base), "dtype": "float32", **body.get("model", {})}
+    recipe.write_text(json.dumps(body), encoding="utf-8")
+    loaded = load_recipe(recipe)
+    source = find_model(loaded.recipe.model, "test", with_weights=True)
+    torch.manual_seed(0)
+    model = torch_backend.attach_lora(torch_backend.load_model(source, loaded.recipe), loaded.recipe)
+    random = np.random.default_rng(0)
+    batch = pad_rows([EncodedExample(random.integers(5, 40_000, 20), np.arange(20) > 2, "rows:1")], 2)
+    step = torch_backend.make_step(model, loaded.recipe)
+    for _ in range(4):
+        step.step([batch], 2e-2)
+    run = RunFolder(folder)
+    tokenizer = TokenizerUtils(load_tokenizer(base))
+    target = run.adapter if loaded.recipe.lora else run.model
+    torch_backend.save_weights(model, target)
+    tokenizer.save(target)
+    return Trained(loaded, source, run, tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
+def test_a_quantised_run_merges_into_either_base_and_the_distance_from_what_was_trained_is_told(
+    tiny_llama: Path, tmp_path: Path, kind: str
+) -> None:
+    # The adapter has learned to make up for the rounding of its base, so on the full-precision base it is another model.
+    run = finish_run(tiny_llama, tmp_path / "run", {"model": {"quantization": kind}, "lora": {"r": 4}})
+    full = merge_run(torch_backend, run, tmp_path / "full")
+    dequantised = merge_run(torch_backend, run, tmp_path / "dequantised", "dequantized")
+    for merge in (full, dequantised):
+        assert merge.drift.mean_divergence < 1e-8  # integrity: the same numbers after writing and reading
+        assert merge.trained_drift is not None
+    assert full.trained_drift is not None
+    assert dequantised.trained_drift is not None
+    assert full.base == "into the full-precision base"
+    if kind != "int8":  # on a CPU its evaluation rounds the activations too
+        assert dequantised.trained_drift.mean_divergence < 1e-8
+        assert full.trained_drift.mean_divergence > 100 * dequantised.trained_drift.mean_divergence
+    assert dequantised.trained_drift.mean_divergence < full.trained_drift.mean_divergence
+
+
+@pytest.mark.slow
+def test_a_run_that_trained_all_weights_is_copied_in_the_number_format_of_its_base(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}), encoding="utf-8")
+    run = finish_run(base, tmp_path / "run", {})
+    merge: Merge = merge_run(torch_backend, run, tmp_path / "merged")
+    assert merge.base.startswith("a copy")
+    assert merge.trained_drift is None
+    copied = load_file(tmp_path / "merged" / "model.safetensors")
+    trained = load_file(run.folder.model / "model.safetensors")
+    assert copied.keys() == trained.keys()
+    for name, tensor in trained.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(copied[name], tensor.to(torch.bfloat16))

@@ -90,6 +90,12 @@ BROKEN: list[tuple[str, str, str, Facts]] = [
     ),
     (
         "error",
+        "unknown-module",
+        "lora.modules_to_save",
+        Facts(make_recipe(lora={"modules_to_save": ["lm_head", "wte"]}), whole_modules=("embed_tokens", "lm_head")),
+    ),
+    (
+        "error",
         "preference-rows",
         "data.train",
         Facts(make_recipe(), formats={"preference": 3, "messages": 5}),
@@ -110,6 +116,12 @@ BROKEN: list[tuple[str, str, str, Facts]] = [
         Facts(make_recipe(data={"max_length": 1025}), positions=1024, learned_positions=True),
     ),
     ("error", "foreign-tokenizer", "model.name", Facts(make_recipe(), vocabulary=32_064, largest_id=32_064)),
+    (
+        "error",
+        "foreign-tokenizer",
+        "model.name",
+        Facts(make_recipe(data={"added_tokens": ["<a>", "<b>"]}), vocabulary=100, largest_id=102),
+    ),
     ("warning", "beyond-positions", "data.max_length", Facts(make_recipe(), positions=1023)),
     (
         "error",

@@ -78,6 +78,7 @@ class MachineFacts:
         token_budget: tokens that one forward pass should hold when micro_batch_size is auto.
         workers: micro-batches that run side by side.
         reasons: what was chosen automatically, and why.
+        quantization: how the frozen weights are stored, as in the recipe.
     """
 
     device: str
@@ -87,6 +88,7 @@ class MachineFacts:
     token_budget: int
     workers: int
     reasons: tuple[str, ...]
+    quantization: str = "none"
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ class Backend(Protocol):
     """What a framework must offer; its model type stays opaque to everybody else."""
 
     def load_model(self, source: ModelSource, recipe: Recipe) -> Any:
-        """Looks at the machine and loads the base model on it, ready to infer."""
+        """Looks at the machine and loads the base model on it, with the source's adapter folded in and the recipe's tokens
+        added, ready to infer."""
 
     def describe_machine(self, model: Any) -> MachineFacts:
         """What the model runs on, with the reason for each automatic choice."""
@@ -132,6 +135,9 @@ class Backend(Protocol):
 
     def save_weights(self, model: Any, folder: Path) -> None:
         """Writes what was trained: adapters in PEFT format, or the whole model when everything was."""
+
+    def dequantize(self, model: Any) -> Any:
+        """A quantised base in full precision: plain matrices of the values that its few bits stand for."""
 
     def merge_adapter(self, model: Any) -> Any:
         """Folds the adapters into the weights and returns the plain model."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
-from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -19,17 +17,25 @@ from transformers.utils import logging as transformers_logging
 
 from config.structured_config import Recipe
 from utils.backends import MachineFacts, ignore
+from utils.backends.torch_adapters import attach_lora as attach_lora
+from utils.backends.torch_adapters import fold_adapter
+from utils.backends.torch_adapters import load_adapter as load_adapter
+from utils.backends.torch_adapters import merge_adapter as merge_adapter
+from utils.backends.torch_adapters import save_weights as save_weights
 from utils.backends.torch_generation import generate as generate
 from utils.backends.torch_generation import stream as stream
 from utils.backends.torch_losses import compute_token_losses
 from utils.backends.torch_model import TorchModel, run_side_by_side
 from utils.backends.torch_preference import compare_pairs as compare_pairs
 from utils.backends.torch_preference import score_pairs as score_pairs
+from utils.backends.torch_quantization import dequantize as dequantize
+from utils.backends.torch_quantization import prepare_quantised
 from utils.backends.torch_step import make_step as make_step
+from utils.backends.torch_vocabulary import grow_vocabulary
 from utils.batching import Batch
-from utils.device_manager import DeviceManager
+from utils.device_manager import DeviceManager, MachinePlan
 from utils.device_manager import measure_peak_memory as measure_process_peak
-from utils.exceptions import AdapterError, MachineError, ModelLoadingError, RecipeError
+from utils.exceptions import MachineError, ModelLoadingError
 from utils.logging import get_logger
 from utils.model_source import ModelSource
 
@@ -37,11 +43,12 @@ TOKEN_BUDGETS = {"cpu": 512, "mps": 2048, "cuda": 16_384}
 
 
 def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
-    """Looks at the machine and loads the base model on it, ready to infer.
+    """Looks at the machine and loads the base model on it, with its adapter folded in and its tokens added, ready to infer.
 
     Raises:
         MachineError: the dtype, quantisation or number of processes cannot work here.
         ModelLoadingError: the files do not make a model.
+        AdapterError: the adapter that is folded in does not fit.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         message = "this version trains in one process, and WORLD_SIZE asks for more"
@@ -50,16 +57,30 @@ def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
     get_logger().info("Device: %s (%s), %s", plan.device, plan.device_name, "; ".join(plan.reasons))
     transformers_logging.disable_progress_bar()
     accelerator = Accelerator(cpu=plan.device == "cpu")
+    network = read_network(source, recipe, plan, str(accelerator.device))
+    network = fold_adapter(network, source, str(accelerator.device))
+    added_ids = grow_vocabulary(network, source, recipe)
+    network.eval()
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    return TorchModel(network, plan, accelerator, source.public_name, recipe.model.quantization, added_ids)
+
+
+def read_network(source: ModelSource, recipe: Recipe, plan: MachinePlan, device: str) -> nn.Module:
+    """Reads weights onto the device, quantised where the recipe says so."""
     quantization = recipe.model.to_quantization_config(plan.dtype_name)
     try:
-        network = AutoModelForCausalLM.from_pretrained(
+        network: nn.Module = AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=plan.dtype,
-            attn_implementation="sdpa",
+            # Left open, transformers takes fused attention where the architecture has it, and Gemma 2 has not.
+            attn_implementation=None,
             trust_remote_code=recipe.model.trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
             quantization_config=quantization,
+            # Left out, transformers takes a GPU wherever there is one, also when the run is meant for the CPU.
+            device_map=None if quantization is None else {"": device},
         )
     except ImportError as error:
         raise MachineError(str(error).strip().splitlines()[0], where="model", fix="run `make setup`") from error
@@ -67,26 +88,9 @@ def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
         message = f"the model cannot be loaded: {str(error).strip().splitlines()[0]}"
         raise ModelLoadingError(message, where=str(source.folder)) from error
     if quantization is None:
-        network.to(accelerator.device)
-    elif recipe.model.quantization != "int8":
-        keep_quantised_weights_differentiable(network)
-    network.eval()
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
-    return TorchModel(network, plan, accelerator, source.public_name)
-
-
-def keep_quantised_weights_differentiable(network: nn.Module) -> None:
-    """Forbids bitsandbytes' in-place repacking for AVX512-BF16, after which gradients vanish without an error.
-
-    bitsandbytes 0.50.2, nn/modules.py: Linear4bit.forward repacks when it sees no gradient, as in an evaluation, and the
-    packed kernel has no backward.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in network.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+        return network.to(device)
+    prepare_quantised(network)
+    return network
 
 
 def describe_machine(model: TorchModel) -> MachineFacts:
@@ -100,81 +104,8 @@ def describe_machine(model: TorchModel) -> MachineFacts:
         token_budget=TOKEN_BUDGETS[plan.device],
         workers=plan.workers,
         reasons=plan.reasons,
+        quantization=model.quantization,
     )
-
-
-def attach_lora(model: TorchModel, recipe: Recipe) -> TorchModel:
-    """Adds fresh adapters in float32, or makes all weights trainable when the recipe has no lora section.
-
-    Raises:
-        RecipeError: a target matches no module; the ones that exist are named.
-    """
-    if recipe.lora is None:
-        network = model.network.float()  # the trained weights are their own masters: bfloat16 would lose small updates
-        for parameter in network.parameters():
-            parameter.requires_grad_(True)
-        return replace(model, network=network)
-    check_targets(model.network, recipe)
-    network = get_peft_model(model.network, recipe.lora.to_peft_config())
-    # Loaded from a snapshot folder, peft would write that folder's path into the adapter.
-    network.peft_config["default"].base_model_name_or_path = model.base_name
-    trained = replace(model, network=network)
-    if count_parameters(trained)[0] == 0:
-        raise RecipeError("the adapters have no trainable parameter", where="lora.target_modules", code="lora-target")
-    return trained
-
-
-def check_targets(network: nn.Module, recipe: Recipe) -> None:
-    """Each named target must exist: peft alone accepts a list of which one name matches."""
-    if recipe.lora is None or isinstance(recipe.lora.target_modules, str):
-        return
-    names = {name.rsplit(".", 1)[-1] for name, module in network.named_modules() if is_linear(module)}
-    full_names = [name for name, module in network.named_modules() if is_linear(module)]
-    for target in recipe.lora.target_modules:
-        if target not in names and not any(name.endswith(f".{target}") for name in full_names):
-            fix = f"modules here: {', '.join(sorted(names))}"
-            raise RecipeError(
-                f"no module is called {target!r}", where="lora.target_modules", fix=fix, code="lora-target"
-            )
-
-
-def is_linear(module: nn.Module) -> bool:
-    """True for nn.Linear, its quantised kin, and GPT-2's transposed Conv1D."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def load_adapter(model: TorchModel, folder: Path) -> TorchModel:
-    """Adds saved adapters to a base model, frozen.
-
-    Raises:
-        AdapterError: no adapter there, or one that was made for another model.
-    """
-    if not (folder / "adapter_model.safetensors").is_file():
-        fix = "name a run folder that finished training"
-        raise AdapterError("there is no adapter", where=str(folder), fix=fix, code="no-adapter")
-    try:
-        network = PeftModel.from_pretrained(model.network, str(folder), torch_device=str(model.accelerator.device))
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-        message = f"the adapter does not fit this model: {str(error).strip().splitlines()[0]}"
-        raise AdapterError(message, where=str(folder), code="adapter-mismatch") from error
-    network.eval()
-    return replace(model, network=network)
-
-
-def save_weights(model: TorchModel, folder: Path) -> None:
-    """Writes what was trained: adapters in PEFT format, or the whole model when everything was."""
-    if isinstance(model.network, PeftModel):
-        # "auto" would ask the hub whether the vocabulary was resized; it never is.
-        model.network.save_pretrained(str(folder), save_embedding_layers=False)
-    else:
-        model.network.save_pretrained(str(folder))
-
-
-def merge_adapter(model: TorchModel) -> TorchModel:
-    """Folds the adapters into the weights and returns the plain model."""
-    if not isinstance(model.network, PeftModel):
-        return model
-    return replace(model, network=model.network.merge_and_unload(safe_merge=True))
 
 
 def save_merged(model: TorchModel, folder: Path, dtype_name: str) -> None:

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from utils.backends.torch_quantization import refuse_repacked
 from utils.batching import Batch
 from utils.device_manager import MachinePlan
 
 
 @dataclass(frozen=True)
 class TorchModel:
-    """A network with the machine it lives on."""
+    """A network with the machine it lives on.
+
+    Attributes:
+        base_name: what a saved adapter names as its base.
+        quantization: how the frozen base is stored, as in the recipe.
+        added_ids: tokens that the base does not have, and whose rows were made when it was loaded.
+        started_from: what PiSSA has taken out of the base, by name in a saved adapter; empty for all other variants.
+    """
 
     network: nn.Module
     plan: MachinePlan
     accelerator: Accelerator
     base_name: str
+    quantization: str = "none"
+    added_ids: tuple[int, ...] = ()
+    started_from: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def run_side_by_side(
@@ -44,4 +55,5 @@ def run_side_by_side(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not wait for everything that is queued
             raise
+    refuse_repacked(model.network)
     return results

@@ -162,7 +162,7 @@ class ReferenceCache:
         own = Path(__file__).parent.parent
         weights = {source["source"]: source["weight"] for source in list_weights(self.recipe)}
         facts = {
-            "weights": self.source.hash_weights(),
+            "weights": [self.source.hash_weights(), self.source.hash_adapter()],
             "model": self.recipe.model.model_dump(mode="json"),
             "lora": self.recipe.lora.model_dump(mode="json") if self.recipe.lora else None,
             "data": [self.data_key, name, count, weights, self.recipe.seed],

@@ -1,0 +1,270 @@
+"""Adapters on torch: attached, saved, loaded back without losing a tensor, and folded into the weights (peft)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from config.structured_config import LoraSection, Recipe
+from utils.backends.torch_model import TorchModel
+from utils.exceptions import AdapterError, RecipeError
+from utils.logging import get_logger
+from utils.model_source import ADAPTER_WEIGHTS, ModelSource
+
+ADAPTER = "default"  # peft's name of an adapter that has none
+
+
+def attach_lora(model: TorchModel, recipe: Recipe) -> TorchModel:
+    """Adds fresh adapters in float32, or makes all weights trainable when the recipe has no lora section.
+
+    Raises:
+        RecipeError: a target or module matches nothing; the ones that exist are named.
+    """
+    if recipe.lora is None:
+        network = model.network.float()  # the trained weights are their own masters: bfloat16 would lose small updates
+        for parameter in network.parameters():
+            parameter.requires_grad_(True)
+        return replace(model, network=network)
+    check_targets(model.network, recipe)
+    config = recipe.lora.to_peft_config()
+    whole_modules = choose_whole_modules(model, config, recipe.lora)
+    choose_token_rows(model, config)
+    network = get_peft_model(model.network, config)
+    if config.ensure_weight_tying:
+        # peft strikes the head off the list, and at loading it takes an embedding called wte for one without a head.
+        config.modules_to_save = whole_modules
+    # Loaded from a snapshot folder, peft would write that folder's path into the adapter.
+    network.peft_config[ADAPTER].base_model_name_or_path = model.base_name
+    train_whole_modules_in_float32(network, model.plan.dtype)
+    trained = replace(model, network=network, started_from=copy_start(network, recipe.lora))
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise RecipeError("the adapters have no trainable parameter", where="lora.target_modules", code="lora-target")
+    return trained
+
+
+def check_targets(network: nn.Module, recipe: Recipe) -> None:
+    """Each named target must exist: peft alone accepts a list of which one name matches."""
+    if recipe.lora is None or isinstance(recipe.lora.target_modules, str):
+        return
+    names = {name.rsplit(".", 1)[-1] for name, module in network.named_modules() if is_linear(module)}
+    full_names = [name for name, module in network.named_modules() if is_linear(module)]
+    for target in recipe.lora.target_modules:
+        if target not in names and not any(name.endswith(f".{target}") for name in full_names):
+            fix = f"modules here: {', '.join(sorted(names))}"
+            raise RecipeError(
+                f"no module is called {target!r}", where="lora.target_modules", fix=fix, code="lora-target"
+            )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for nn.Linear, its quantised kin, and GPT-2's transposed Conv1D."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def find_ends(network: nn.Module) -> tuple[str, str, bool]:
+    """Full names of the input embedding and the output head, and whether they share one matrix."""
+    whole: Any = network
+    embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    names = {id(module): name for name, module in whole.named_modules()}
+    return names[id(embedding)], names[id(head)], embedding.weight is head.weight
+
+
+def choose_whole_modules(model: TorchModel, config: LoraConfig, lora: LoraSection) -> list[str]:
+    """Writes full names of `lora.modules_to_save` into peft's configuration.
+
+    peft compares ends of names (`norm` would also be `input_layernorm`), and it unties an embedding from its head in silence
+    when only one of them is trained: here both are then trained as the one matrix that they are.
+
+    Returns:
+        The full names.
+
+    Raises:
+        RecipeError: no module of that name, or one whose weights are quantised.
+    """
+    modules = dict(model.network.named_modules())
+    chosen: list[str] = []
+    for wanted in lora.modules_to_save:
+        found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        weights = [weight for name in found for weight in modules[name].parameters()]
+        if not weights or not all(weight.is_floating_point() for weight in weights):
+            message = f"{wanted!r} is quantised" if weights else f"no module with weights is called {wanted!r}"
+            names = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if list_own(module)})
+            fix = f"modules here: {', '.join(names)}"
+            raise RecipeError(message, where="lora.modules_to_save", fix=fix, code="unknown-module")
+        chosen += found
+    embedding, head, tied = find_ends(model.network) if chosen else ("", "", False)
+    if tied and {embedding, head} & {*chosen}:
+        chosen = sorted({*chosen, embedding, head})
+        config.ensure_weight_tying, config.modules_to_tie = True, None
+        get_logger().info("lora.modules_to_save: %s and %s share one matrix and are trained as one", embedding, head)
+    if chosen:
+        config.modules_to_save = [*chosen]
+        if isinstance(lora.target_modules, str):
+            config.exclude_modules = {*chosen}
+    return chosen
+
+
+def list_own(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the module itself, without those of modules inside it."""
+    return list(module.parameters(recurse=False))
+
+
+def choose_token_rows(model: TorchModel, config: LoraConfig) -> None:
+    """Lets peft train the rows of the added tokens, in the embedding and in the head, unless these are trained whole.
+
+    Raises:
+        RecipeError: the head has a bias, which peft's row training would leave out of every prediction.
+    """
+    if not model.added_ids:
+        return
+    embedding, head, tied = find_ends(model.network)
+    whole: Any = model.network
+    ends = [name for name in ([embedding] if tied else [embedding, head]) if name not in (config.modules_to_save or ())]
+    if whole.get_output_embeddings().bias is not None and (tied or head in ends):
+        message = "the output head of this model has a bias, and single rows of such a head cannot be trained"
+        fix = f"set lora.modules_to_save: [{embedding.rsplit('.', 1)[-1]}, {head.rsplit('.', 1)[-1]}]"
+        raise RecipeError(message, where="data.added_tokens", fix=fix, code="head-bias")
+    if ends:
+        config.trainable_token_indices = {name: list(model.added_ids) for name in ends}
+
+
+def train_whole_modules_in_float32(network: nn.Module, dtype: torch.dtype) -> None:
+    """Makes the trained copies of whole modules float32 masters, and casts what goes in and out of them.
+
+    peft leaves these copies in the base's format, in which small updates are lost; its adapters it casts by itself.
+    """
+
+    def cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+    def cast_output(module: nn.Module, inputs: Any, output: Any) -> Any:
+        return output.to(dtype) if isinstance(output, torch.Tensor) else output
+
+    for wrapper in network.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        trained = wrapper.modules_to_save[ADAPTER].float()
+        if dtype != torch.float32:
+            trained.register_forward_pre_hook(cast_inputs)
+            trained.register_forward_hook(cast_output)
+
+
+def copy_start(network: PeftModel, lora: LoraSection) -> Mapping[str, torch.Tensor]:
+    """The adapter that PiSSA has taken out of the base, by its names in a saved adapter; empty for all other variants."""
+    if lora.variant != "pissa":
+        return {}
+    state = get_peft_model_state_dict(network, save_embedding_layers=False)
+    return {name: tensor.detach().clone() for name, tensor in state.items() if is_factor(name)}
+
+
+def is_factor(name: str) -> bool:
+    """True for A and B of an adapter."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def save_weights(model: TorchModel, folder: Path) -> None:
+    """Writes what was trained: adapters in PEFT format, or the whole model when everything was."""
+    network: Any = model.network
+    if model.started_from:
+        save_converted(network, model.started_from, folder)
+    elif isinstance(network, PeftModel):
+        # "auto" would ask the hub whether the vocabulary was resized; the rows of added tokens are saved in any case.
+        network.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        network.save_pretrained(str(folder))
+
+
+def save_converted(network: PeftModel, start: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Writes a PiSSA adapter as a plain one that stands on the untouched base.
+
+    The base has lost s·B₀A₀ when training began, so what was learned is s·(BA − B₀A₀) = s·[B, −B₀]·[A; A₀]: a LoRA of twice
+    the rank (arXiv 2404.02948, appendix C; peft's subtract_mutated_init).
+    """
+    state = get_peft_model_state_dict(network, save_embedding_layers=False)
+    tensors = {}
+    for name, tensor in state.items():
+        if ".lora_A." in name:
+            tensor = torch.cat([tensor, start[name]], dim=0)
+        elif ".lora_B." in name:
+            tensor = torch.cat([tensor, -start[name]], dim=1)
+        tensors[name] = tensor.detach().cpu().contiguous()
+    config = copy.deepcopy(network.peft_config[ADAPTER])
+    config.init_lora_weights, config.inference_mode = True, True
+    config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+    folder.mkdir(parents=True, exist_ok=True)
+    network.create_or_update_model_card(str(folder))
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def load_adapter(model: TorchModel, folder: Path) -> TorchModel:
+    """Adds a saved adapter to a base model, frozen.
+
+    Raises:
+        AdapterError: no adapter there, or one that was made for another model.
+    """
+    network = read_adapter(model.network, folder, str(model.accelerator.device))
+    return replace(model, network=network)
+
+
+def read_adapter(network: nn.Module, folder: Path, device: str) -> PeftModel:
+    """Puts a saved adapter on a network; every tensor of the file finds its place, and every place its tensor.
+
+    peft alone only warns about what is missing, and says nothing about what is left over.
+
+    Raises:
+        AdapterError: as `load_adapter`.
+    """
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        fix = "name a run folder that finished training"
+        raise AdapterError("there is no adapter", where=str(folder), fix=fix, code="no-adapter")
+    try:
+        adapted = PeftModel.from_pretrained(network, str(folder), torch_device=device)
+        with safe_open(path, framework="pt") as file:
+            found = {*file.keys()}
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        message = f"the adapter does not fit this model: {str(error).strip().splitlines()[0]}"
+        raise AdapterError(message, where=str(folder), code="adapter-mismatch") from error
+    places = {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
+    base = {f"base_model.model.{name}" for name in network.state_dict()}
+    if lost := sorted((places - found) | (found - places - base)):
+        what = "has no" if lost[0] in places else "has no place for"
+        message = f"the adapter does not fit this model: {'it' if lost[0] in places else 'the model'} {what} {lost[0]}"
+        raise AdapterError(message, where=str(folder), code="adapter-mismatch")
+    adapted.eval()
+    return adapted
+
+
+def merge_adapter(model: TorchModel) -> TorchModel:
+    """Folds the adapters into the weights and returns the plain model.
+
+    Raises:
+        AdapterError: the base is quantised, and the sum would be rounded to its few values.
+    """
+    if not isinstance(model.network, PeftModel):
+        return model
+    if model.quantization != "none":
+        message = f"an adapter cannot be folded into {model.quantization} weights"
+        raise AdapterError(message, where="model.quantization", fix="dequantise the base first", code="quantised-merge")
+    return replace(model, network=model.network.merge_and_unload(safe_merge=True), started_from={})
+
+
+def fold_adapter(network: nn.Module, source: ModelSource, device: str) -> nn.Module:
+    """Folds the adapter that `model.adapter` names into a freshly loaded base."""
+    if source.adapter is None:
+        return network
+    get_logger().info("model.adapter: %s is folded into the base; what is trained on it needs both", source.adapter)
+    merged: nn.Module = read_adapter(network, source.adapter, device).merge_and_unload(safe_merge=True)
+    return merged
