@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from config.engine_rules import find_engine_violations
+
 if TYPE_CHECKING:
     from config.structured_config import MetricName, Recipe, TrainingSection
 
@@ -46,6 +48,7 @@ def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
         yield RuleViolation(("training", "micro_batch_size"), message, "set it to batch_size or less, or to auto")
     if training.max_steps is not None:
         yield from find_cadence_violations(training, training.max_steps)
+    yield from (RuleViolation(*broken) for broken in find_engine_violations(recipe))
     if data.eval is None and data.eval_fraction == 0 and training.early_stopping_patience is not None:
         message = "early stopping needs held-out rows, and this recipe holds out none"
         yield RuleViolation(("training", "early_stopping_patience"), message, "set data.eval or data.eval_fraction")

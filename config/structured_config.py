@@ -191,6 +191,8 @@ class TrainingSection(Section):
     method: Literal["sft", "dpo", "kto", "orpo"]
     """sft: supervised fine-tuning on the tokens that `data.loss_on` names. dpo, kto, orpo: learning from pairs of a chosen
     and a rejected answer; each is set in the section of its name, and learns the last answer of a conversation."""
+    engine: Literal["tunebook", "trl"] = "tunebook"
+    """Who takes the steps: Tunebook's own loop, or TRL's trainer on the same tokens, masks and order, for comparison."""
     epochs: Annotated[float, Field(gt=0.0, le=1000.0)] = 3.0
     """Passes over the training rows; fractions are allowed. Leave it out when `max_steps` is given."""
     max_steps: Annotated[int, Field(ge=1)] | None = None

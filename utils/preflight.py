@@ -15,6 +15,7 @@ from config.recipe_io import LoadedRecipe
 from config.recipe_rules import find_cadence_violations
 from config.structured_config import Recipe
 from utils.added_tokens import add_tokens, find_added_ids
+from utils.backends import check_engine
 from utils.chat_templates import ChatTemplate, find_template
 from utils.data_formats import Example
 from utils.exceptions import DataError, Problem, RecipeError, RunError
@@ -92,6 +93,8 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
         RecipeError, DataError, MachineError: what is wrong, with its place and fix.
     """
     recipe = loaded.recipe
+    if run is None:  # a finished run is measured without the engine that trained it
+        check_engine(recipe.training.engine, loaded.find_origin("training.engine"))
     family = find_family_by_name(recipe.model.name)
     family = family or find_family(EMBEDDED_MODELS.get(recipe.model.name.removeprefix(EMBEDDED_PREFIX)))
     # A finished run is only measured here, so it does not matter whether this machine could train it.

@@ -61,11 +61,12 @@ def plan_resources(
     predict = make_predictor(loaded.recipe, source, data, machine, shape) if shape else None
     loaded = decide_checkpointing(loaded, machine.available_bytes, predict)
     recipe, disk = loaded.recipe, None
-    memory = predict(recipe) if predict else None
+    # TRL's trainer holds other tensors, which no table here knows.
+    memory = predict(recipe) if predict and recipe.training.engine == "tunebook" else None
     problems: list[Problem] = []
-    if shape is not None and memory is not None:
+    if shape is not None:
         disk = estimate_disk(recipe, shape, source.config)
-        problems += check_memory(memory, machine, loaded.find_origin("training.micro_batch_size"))
+        problems += check_memory(memory, machine, loaded.find_origin("training.micro_batch_size")) if memory else []
         problems += check_disk(disk, loaded.find_origin("training.keep_checkpoints"))
     tokens = float(np.mean(data.train.lengths)) * min(recipe.training.batch_size, len(data.train)) * steps
     time = predict_seconds(recipe, round(tokens), machine.device)
@@ -115,7 +116,8 @@ def summarise_resources(resources: Resources) -> dict[str, Any]:
         facts["download"] = (
             "nothing, the model is in the cache" if download.cached else f"{missing} to {download.target}"
         )
-    unknown = "unknown: this architecture is not in the tables"
+    why = "under TRL's trainer there is no estimate" if resources.shape else "this architecture is not in the tables"
+    unknown = f"unknown: {why}"
     facts["predicted_memory"] = f"{show_bytes(memory.total)} ({memory.phase})" if memory else unknown
     if disk is not None:
         facts["predicted_disk"] = f"{show_bytes(disk.checkpoints)}, and {show_bytes(disk.merge)} for a merge"

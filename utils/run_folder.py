@@ -147,10 +147,10 @@ def find_run(asked: Path | None) -> RunFolder:
     return folder
 
 
-def collect_versions() -> dict[str, str]:
-    """Python, platform and the packages that can change a result."""
+def collect_versions(engine: str = "tunebook") -> dict[str, str]:
+    """Python, platform and the packages that can change a result, of them TRL only where it is the engine."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *(() if engine == "tunebook" else (engine,))):
         versions[name] = importlib.metadata.version(name)
     return versions
 

@@ -99,18 +99,28 @@ def train(parts: LoopParts) -> TrainingState:
     with listen_for_signals(state), Progress("Training", parts.plan.total_steps, "steps") as progress:
         for epoch, micro_batches in iterate_steps(parts.batches, parts.plan.total_steps):
             take_step(parts, state, micro_batches, epoch)
-            progress.advance(1, f"loss {state.last_loss:.3f}, {state.tokens_per_second:.0f} tokens/s")
-            if is_due(state.step, parts.plan.eval_every):
-                run_evaluation(parts, state)
-            if is_due(state.step, parts.plan.save_every) or state.best_step == state.step:
-                save(parts, state)
+            follow_up_step(parts, state, progress)
             if state.stop_reason:
                 break
+    finish_run(parts, state)
+    return state
+
+
+def follow_up_step(parts: LoopParts, state: TrainingState, progress: Progress) -> None:
+    """Shows, evaluates and saves what is due after a step; the same for every engine."""
+    progress.advance(1, f"loss {state.last_loss:.3f}, {state.tokens_per_second:.0f} tokens/s")
+    if is_due(state.step, parts.plan.eval_every):
+        run_evaluation(parts, state)
+    if is_due(state.step, parts.plan.save_every) or state.best_step == state.step:
+        save(parts, state)
+
+
+def finish_run(parts: LoopParts, state: TrainingState) -> None:
+    """Evaluates and saves the last step, unless that is done; a signal is not made to wait for an evaluation."""
     if state.evaluated_at != state.step and state.signal_number is None:
         run_evaluation(parts, state)
     if state.saved_at != state.step:
         save(parts, state)
-    return state
 
 
 def iterate_steps(batches: SftBatches, total_steps: int) -> Iterator[tuple[float, list[Batch]]]:
@@ -132,13 +142,7 @@ def is_due(step: int, every: int) -> bool:
 
 def take_step(parts: LoopParts, state: TrainingState, micro_batches: Sequence[Batch], epoch: float) -> None:
     """One optimizer step, written down as one row of metrics.jsonl."""
-    learning_rate = compute_learning_rate(
-        state.step + 1,
-        parts.plan.total_steps,
-        peak=parts.training.learning_rate,
-        scheduler=parts.training.lr_scheduler,
-        warmup_steps=parts.plan.warmup_steps,
-    )
+    learning_rate = find_learning_rate(parts, state.step + 1)
     started = time.perf_counter()
     try:
         result = parts.step.step(micro_batches, learning_rate)
@@ -147,7 +151,29 @@ def take_step(parts: LoopParts, state: TrainingState, micro_batches: Sequence[Ba
         raise TrainingError(
             error.problems[0].message, where=where, fix=error.problems[0].fix, code="not-finite"
         ) from error
-    seconds = time.perf_counter() - started
+    record_step(parts, state, result, learning_rate, epoch, time.perf_counter() - started)
+
+
+def find_learning_rate(parts: LoopParts, step: int) -> float:
+    """The rate of a step, counted from 1."""
+    return compute_learning_rate(
+        step,
+        parts.plan.total_steps,
+        peak=parts.training.learning_rate,
+        scheduler=parts.training.lr_scheduler,
+        warmup_steps=parts.plan.warmup_steps,
+    )
+
+
+def record_step(
+    parts: LoopParts, state: TrainingState, result: StepResult, learning_rate: float, epoch: float, seconds: float
+) -> None:
+    """Adds a step to the totals, and to metrics.jsonl and the trackers as one row.
+
+    Args:
+        epoch: passes over the rows after the step.
+        seconds: spent in the step alone.
+    """
     if state.step == 0:
         state.time_to_first_step_s = time.time() - STARTED
     update_state(state, result, seconds)

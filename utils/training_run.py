@@ -12,7 +12,7 @@ from typing import Any
 
 from config.recipe_io import LoadedRecipe, format_resolved
 from utils import workload
-from utils.backends import Backend, MachineFacts
+from utils.backends import Backend, MachineFacts, load_engine
 from utils.checkpoint import STATE, write_folder_atomically
 from utils.cli import STARTED
 from utils.evaluation import compute_mean_loss, make_scorer, measure_losses
@@ -78,7 +78,7 @@ def run_training(run: PreparedRun) -> TrainingState:
     mark_latest(run.folder)
     log_start(run)
     try:
-        state = train(make_parts(run, tracker))
+        state = train_with_engine(run, make_parts(run, tracker))
         publish_weights(run, state)
         results = summarise(run, state)
     except (TunebookError, KeyboardInterrupt) as error:
@@ -91,6 +91,14 @@ def run_training(run: PreparedRun) -> TrainingState:
     plot_loss(run.folder)
     run.folder.write_facts({**facts, **results})
     return state
+
+
+def train_with_engine(run: PreparedRun, parts: LoopParts) -> TrainingState:
+    """Our loop, or the engine that the recipe names in its place."""
+    recipe = run.loaded.recipe
+    if recipe.training.engine == "tunebook":
+        return train(parts)
+    return load_engine(recipe.training.engine)(run.model, recipe, run.preflight.tokenizer.tokenizer, parts)
 
 
 def make_parts(run: PreparedRun, tracker: Tracker) -> LoopParts:
@@ -198,6 +206,7 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
     return {
         "status": "running",
         "recipe": run.loaded.name,
+        "engine": run.loaded.recipe.training.engine,
         "device": machine.device,
         "device_name": machine.device_name,
         "memory_bytes": machine.memory_bytes,
@@ -216,7 +225,7 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
         "template": run.preflight.tokenizer.template.name,
         "template_hash": run.preflight.tokenizer.template.hash,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(STARTED)),
-        "versions": collect_versions(),
+        "versions": collect_versions(run.loaded.recipe.training.engine),
         "git": find_git_state(),
     }
 

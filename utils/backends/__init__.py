@@ -7,17 +7,22 @@ is imported before a recipe is known to be valid.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from config.structured_config import GenerationSection, Recipe
 from utils.batching import Batch
+from utils.exceptions import MachineError
 from utils.model_source import ModelSource
+
+if TYPE_CHECKING:
+    from utils.training_loop import LoopParts, TrainingState
 
 BackendName = Literal["torch"]
 
@@ -187,3 +192,26 @@ def load_backend(name: Literal["auto", "torch"]) -> Backend:
     """Imports a framework. On auto that is torch: CUDA, then MPS, then the CPU."""
     chosen: BackendName = "torch" if name == "auto" else name
     return cast(Backend, importlib.import_module(f"utils.backends.{chosen}_backend"))
+
+
+class TrainWithEngine(Protocol):
+    """Another engine in the place of our training loop."""
+
+    def __call__(self, model: Any, recipe: Recipe, tokenizer: Any, parts: LoopParts) -> TrainingState:
+        """Runs all steps and leaves metrics and checkpoints in the run folder, as our loop does."""
+
+
+def check_engine(engine: Literal["tunebook", "trl"], where: str) -> None:
+    """Refuses an engine that is not installed, before anything is loaded.
+
+    Raises:
+        MachineError: TRL is missing.
+    """
+    if engine == "trl" and importlib.util.find_spec("trl") is None:
+        fix = "run `make setup` (or `pip install trl==1.16.0`), or set engine: tunebook"
+        raise MachineError("engine trl needs the package trl", where=where, fix=fix, code="no-trl")
+
+
+def load_engine(engine: Literal["trl"]) -> TrainWithEngine:
+    """Imports TRL's trainers."""
+    return cast(TrainWithEngine, importlib.import_module(f"utils.backends.torch_{engine}").train)
