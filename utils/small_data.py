@@ -49,7 +49,9 @@ def adapt_to_small_data(loaded: LoadedRecipe, examples: int, rows: int) -> Loade
     training = loaded.recipe.training
     if training.small_data == "off" or examples >= FEW or training.method not in METHODS:
         if training.small_data == "gentle":
-            message = "training.small_data: gentle changes nothing: it is for sft below %d training examples, here are %d"
+            message = (
+                "training.small_data: gentle changes nothing: it is for sft below %d training examples, here are %d"
+            )
             get_logger().warning(message, FEW, examples)
         return loaded
     changes = propose_gentle_values(loaded.recipe, examples) if training.small_data == "gentle" else iter(())
