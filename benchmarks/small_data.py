@@ -33,7 +33,7 @@ from config.recipe_io import load_recipe  # noqa: E402
 from scripts.train import main as train  # noqa: E402
 from utils.backends import load_backend  # noqa: E402
 from utils.evaluation import load_trained_model, measure  # noqa: E402
-from utils.logging import get_logger, set_up_logging  # noqa: E402
+from utils.logging import set_up_logging  # noqa: E402
 from utils.metrics import score_answers  # noqa: E402
 from utils.model_source import find_model  # noqa: E402
 from utils.preflight import check_recipe  # noqa: E402
@@ -51,10 +51,11 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SmallSet:
-    """One task: rows to draw training sets from, and rows to measure on."""
+    """One task: rows to draw training sets from, rows to measure on, and how long an answer may be in tokens."""
 
     name: str
     metric: str
+    longest_answer: int
     pool: list[Row]
     test: list[Row]
 
@@ -74,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sets = list_sets(options)
     options.out.mkdir(parents=True, exist_ok=True)
     run_missing(sets, options)
-    results = read_results(options.out)
+    results = [result for result in read_results(options.out) if result["rows"] == options.rows]
+    sets = [each for each in sets if find_seeds(results, each.name)]
     lines = render(sets, results, options)
     print("\n".join(lines))
     if options.write:
@@ -87,15 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def list_sets(options: argparse.Namespace) -> list[SmallSet]:
     """The tasks whose files are there."""
     shipped = ROOT / "data" / "text_to_sql"
-    sets = [
-        make_set("text to SQL", "execution_accuracy", read_messages(shipped / "train.jsonl"), options.rows),
-    ]
+    sets = [make_set("text to SQL", "execution_accuracy", 40, read_messages(shipped / "train.jsonl"), options.rows)]
     test = read_messages(shipped / "eval.jsonl")
     sets[0].test[:] = draw(sorted(test, key=measure_row)[: 2 * TEST_ROWS], TEST_ROWS, 0)
     if options.wikisql:
-        sets.append(make_set("WikiSQL", "exact_match", read_wikisql(options.wikisql), options.rows))
+        sets.append(make_set("WikiSQL", "exact_match", 32, read_wikisql(options.wikisql), options.rows))
     if options.gsm8k:
-        sets.append(make_set("GSM8K", "exact_match", read_gsm8k(options.gsm8k), options.rows))
+        sets.append(make_set("GSM8K", "exact_match", 6, read_gsm8k(options.gsm8k), options.rows))
     return sets
 
 
@@ -104,12 +104,12 @@ def measure_row(row: Row) -> int:
     return len(row["prompt"]) + len(row["completion"])
 
 
-def make_set(name: str, metric: str, rows: list[Row], count: int) -> SmallSet:
+def make_set(name: str, metric: str, longest_answer: int, rows: list[Row], count: int) -> SmallSet:
     """Takes the shortest rows, every prompt once, and sets test rows aside."""
     unique = list({row["prompt"]: row for row in rows}.values())
     short = sorted(unique, key=measure_row)[: POOL * count + TEST_ROWS]
     shuffled = draw(short, len(short), 0)
-    return SmallSet(name, metric, shuffled[TEST_ROWS:], shuffled[:TEST_ROWS])
+    return SmallSet(name, metric, longest_answer, shuffled[TEST_ROWS:], shuffled[:TEST_ROWS])
 
 
 def draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
@@ -184,16 +184,15 @@ def run_arm(each: SmallSet, arm: str, seed: int, options: argparse.Namespace) ->
     run = None
     if arm != "untouched":
         run = RunFolder(folder / "result")
-        assert train(["--recipe", str(write_recipe(folder, seed, small_data=ARMS[arm])), "--run", str(run.path)]) == 0
-        get_logger().setLevel("WARNING")
+        train(["--recipe", str(write_recipe(folder, each, seed, ARMS[arm])), "--run", str(run.path)])
         facts, recipe = run.read_facts(), run.load_recipe().recipe
         result |= {"steps": facts["steps"], "best_step": facts["best_step"]}
         result |= {key: recipe.training.model_dump()[key] for key in ("epochs", "batch_size", "learning_rate")}
-    result |= measure_on_test_rows(folder, each.metric, run)
+    result |= measure_on_test_rows(folder, each, run)
     return {**result, "seconds": time.monotonic() - started}
 
 
-def write_recipe(folder: Path, seed: int, *, small_data: str, test: Path | None = None, metric: str = "loss") -> Path:
+def write_recipe(folder: Path, each: SmallSet, seed: int, small_data: str, *, is_test: bool = False) -> Path:
     """A recipe that leaves every value of section training to the defaults and the rules."""
     recipe: dict[str, Any] = {
         "seed": seed,
@@ -201,20 +200,21 @@ def write_recipe(folder: Path, seed: int, *, small_data: str, test: Path | None 
         "data": {"train": str(folder / "train.jsonl"), "strategy": "standard", "template": "raw"},
         "lora": {},
         "training": {"method": "sft", "small_data": small_data},
-        "generation": {"max_new_tokens": 48},
-        "evaluation": {"metrics": ["loss"] if metric == "loss" else ["loss", metric]},
     }
-    if test:
-        recipe["data"]["eval"] = str(test)
-    path = folder / ("test.yaml" if test else "recipe.yaml")
+    if is_test:
+        recipe["data"]["eval"] = str(folder / "test.jsonl")
+        recipe |= {
+            "generation": {"max_new_tokens": each.longest_answer},
+            "evaluation": {"metrics": ["loss", each.metric]},
+        }
+    path = folder / ("test.yaml" if is_test else "recipe.yaml")
     path.write_text(json.dumps(recipe), encoding="utf-8")
     return path
 
 
-def measure_on_test_rows(folder: Path, metric: str, run: RunFolder | None) -> dict[str, Any]:
+def measure_on_test_rows(folder: Path, each: SmallSet, run: RunFolder | None) -> dict[str, Any]:
     """Nats, learned tokens and 0/1 of every test row, of the untouched model or of a run."""
-    path = write_recipe(folder, 0, small_data="off", test=folder / "test.jsonl", metric=metric)
-    loaded = load_recipe(path)
+    loaded = load_recipe(write_recipe(folder, each, 0, "off", is_test=True))
     preflight = check_recipe(loaded)
     backend = load_backend("auto")
     source = find_model(loaded.recipe.model, "benchmark", with_weights=True)
@@ -247,9 +247,18 @@ class Measured:
     first: dict[str, Any]
 
 
+def find_seeds(results: Sequence[dict[str, Any]], name: str) -> set[int]:
+    """Seeds for which every arm is done; none before the untouched model is measured."""
+    done = {(result["arm"], result["seed"]) for result in results if result["set"] == name}
+    seeds = {seed for _, seed in done if all((arm, seed) in done for arm in ARMS)}
+    return seeds if ("untouched", 0) in done else set()
+
+
 def collect(results: Sequence[dict[str, Any]], name: str, arm: str) -> Measured:
     """Joins the seeds of an arm."""
-    own = sorted((r for r in results if (r["set"], r["arm"]) == (name, arm)), key=lambda r: int(r["seed"]))
+    seeds = {0} if arm == "untouched" else find_seeds(results, name)
+    own = [r for r in results if (r["set"], r["arm"]) == (name, arm) and r["seed"] in seeds]
+    own.sort(key=lambda result: int(result["seed"]))
     nats, tokens, scores = (np.array([r[key] for r in own], dtype=np.float64) for key in ("nats", "tokens", "scores"))
     return Measured(nats, tokens, scores, own[0])
 
@@ -275,7 +284,7 @@ def show_interval(value: float, samples: Floats, form: str) -> str:
 def render_set(each: SmallSet, results: Sequence[dict[str, Any]]) -> list[str]:
     """The table of one set."""
     lines = [
-        f"## {each.name}: {each.metric.replace('_', ' ')}",
+        f"## {each.name}: {each.metric.replace('_', ' ')}, {len(find_seeds(results, each.name))} seeds",
         "",
         "| values | epochs | batch | rate | steps | held-out loss | loss minus plain | score, % | score minus plain, points |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -300,24 +309,23 @@ def render_set(each: SmallSet, results: Sequence[dict[str, Any]]) -> list[str]:
 
 def render(sets: Sequence[SmallSet], results: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[str]:
     """The page."""
-    own = [r for r in results if r["rows"] == options.rows]
     command = (
         f"python benchmarks/small_data.py --wikisql FILE --gsm8k FILE --rows {options.rows} --seeds {options.seeds}"
     )
-    minutes = sum(result["seconds"] for result in own) / 60
+    minutes = sum(result["seconds"] for result in results) / 60
     lines = [
         "# Small data: adaptive, plain and gentle values",
         "",
         f"Written by `{command} --write` on {time.strftime('%Y-%m-%d')}: {describe_machine()}; {minutes:.0f} minutes in all.",
         "",
-        f"SmolLM2-135M-Instruct with LoRA learns each task from {options.rows} rows, drawn for each of {options.seeds} seeds",
+        f"SmolLM2-135M-Instruct with LoRA learns each task from {options.rows} rows, drawn anew for each seed",
         "from the shortest rows of the file. The recipe sets nothing but model, rows and `training.small_data`: `off` (plain),",
         "`auto` (adaptive) or `gentle`. Every run holds out rows of its own and keeps its best checkpoint; the numbers below",
         f"are from {TEST_ROWS} other rows. In brackets: 95 % bootstrap intervals over seeds and rows; differences are paired.",
         "",
     ]
     for each in sets:
-        lines += render_set(each, own)
+        lines += render_set(each, results)
     return [*lines, f"![Held-out loss and score of each set]({PICTURE.name})"]
 
 

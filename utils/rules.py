@@ -221,7 +221,8 @@ RULES = (
         "few-steps",
         "training.epochs",
         find_few_steps,
-        "lower training.batch_size, or raise training.epochs: 100 steps and more are usual",
+        "lower training.batch_size, or raise training.epochs: 100 steps and more are usual; remove both lines, and "
+        "training.small_data chooses for a small set",
     ),
     Rule("warning", "few-held-out", "data.eval_fraction", find_few_held_out, "hold out at least 5 rows"),
     Rule("warning", "no-eval", "data.eval_fraction", find_no_held_out, "set data.eval or data.eval_fraction"),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from config.recipe_io import LoadedRecipe
 from config.structured_config import Recipe
+from utils.logging import get_logger
 
 FEW, VERY_FEW = 200, 100  # training examples: fewer than these
 METHODS = ("sft",)  # the numbers were measured for these; preference methods overfit within 2 to 3 epochs
@@ -47,6 +48,11 @@ def adapt_to_small_data(loaded: LoadedRecipe, examples: int, rows: int) -> Loade
     """
     training = loaded.recipe.training
     if training.small_data == "off" or examples >= FEW or training.method not in METHODS:
+        if training.small_data == "gentle":
+            message = (
+                "training.small_data: gentle changes nothing: it is for sft below %d training examples, here are %d"
+            )
+            get_logger().warning(message, FEW, examples)
         return loaded
     changes = propose_gentle_values(loaded.recipe, examples) if training.small_data == "gentle" else iter(())
     proposed = [*changes, *propose_values(loaded.recipe, examples, rows)]

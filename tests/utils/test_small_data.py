@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from config.recipe_io import LoadedRecipe, format_resolved, load_recipe
+from utils.logging import get_logger
 from utils.preflight import check_recipe, summarise_preflight
 from utils.small_data import GENTLE, adapt_to_small_data
 
@@ -107,6 +108,17 @@ def test_gentle_is_the_named_profile(tmp_path: Path) -> None:
         "training.neftune_alpha": 0.05,
         "training.early_stopping_patience": 7,
     }
+
+
+def test_gentle_on_a_large_set_says_that_it_does_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = load(tmp_path, small_data="gentle")
+    logger = get_logger()
+    logger.addHandler(caplog.handler)
+    try:
+        assert adapt_to_small_data(loaded, 640, 700) is loaded
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "below 200 training examples, here are 640" in caplog.text
 
 
 def test_gentle_leaves_out_what_the_recipe_makes_impossible(tmp_path: Path) -> None:
