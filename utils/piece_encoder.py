@@ -66,7 +66,7 @@ class PieceEncoder:
         self._control_tokens = control_tokens
         self._reset_backend()
         starts_with_bos = bos_token_id is not None and backend.encode("x").ids[:1] == [bos_token_id]
-        self._bos = bos_token_id if starts_with_bos else None
+        self.bos = bos_token_id if starts_with_bos else None
 
     def write_json(self) -> str:
         """Everything that the tokenizer does, as tokenizer.json has it."""
@@ -96,8 +96,8 @@ class PieceEncoder:
                     piece = self._cut_anchor(piece, self._find_anchor(pieces[position - 1][0]), text)
                 ids += piece
                 mask += [learned] * len(piece)
-            if self._bos is not None and ids[:1] != [self._bos]:
-                ids, mask = [self._bos, *ids], [False, *mask]
+            if self.bos is not None and ids[:1] != [self.bos]:
+                ids, mask = [self.bos, *ids], [False, *mask]
             result.append((np.array(ids, dtype=np.int64), np.array(mask, dtype=np.bool_)))
         return result
 
@@ -133,8 +133,11 @@ class PieceEncoder:
         return bool(both[: len(line)] == line and both[len(line) :] != letter)
 
 
-def fit_length(encoded: EncodedExample, max_length: int) -> EncodedExample | None:
+def fit_length(encoded: EncodedExample, max_length: int, bos_token_id: int | None = None) -> EncodedExample | None:
     """Cuts a long example to `max_length` tokens without losing what is learned.
+
+    Args:
+        bos_token_id: stays in front when the example begins with it: models were hardly ever trained without.
 
     Returns:
         The example, with its prompt cut from the left; or None if its learned tokens alone are too long. Raw text is cut at
@@ -143,24 +146,27 @@ def fit_length(encoded: EncodedExample, max_length: int) -> EncodedExample | Non
     length = encoded.path_length
     if length <= max_length:
         return encoded
+    kept = int(bos_token_id is not None and int(encoded.input_ids[0]) == bos_token_id)
     if encoded.branch_starts is not None:
-        return cut_trunk(encoded, length - max_length)
+        return cut_trunk(encoded, length - max_length, kept)
     if encoded.is_text:
         return EncodedExample(
             encoded.input_ids[:max_length], encoded.loss_mask[:max_length], encoded.where, is_text=True
         )
     first = int(np.argmax(encoded.loss_mask[1:])) + 1
     cut = length - max_length
-    if cut >= first:  # the token before the first learned one must stay, for it is what predicts it
+    if kept + cut >= first:  # the token before the first learned one must stay, for it is what predicts it
         return None
-    return EncodedExample(encoded.input_ids[cut:], encoded.loss_mask[cut:], encoded.where)
+    removed = np.s_[kept : kept + cut]
+    return EncodedExample(np.delete(encoded.input_ids, removed), np.delete(encoded.loss_mask, removed), encoded.where)
 
 
-def cut_trunk(pair: EncodedExample, count: int) -> EncodedExample | None:
-    """A pair without the first tokens of its prompt; None if the trunk has fewer, for the answers stay whole."""
+def cut_trunk(pair: EncodedExample, count: int, kept: int) -> EncodedExample | None:
+    """A pair without `count` tokens of its prompt behind the first `kept`; None if the trunk has fewer: answers stay whole."""
     assert pair.branch_starts is not None
     chosen, rejected = pair.branch_starts
-    if count > chosen:
+    if kept + count > chosen:
         return None
-    starts = (chosen - count, rejected - count)
-    return replace(pair, input_ids=pair.input_ids[count:], loss_mask=pair.loss_mask[count:], branch_starts=starts)
+    removed = np.s_[kept : kept + count]
+    ids, mask = np.delete(pair.input_ids, removed), np.delete(pair.loss_mask, removed)
+    return replace(pair, input_ids=ids, loss_mask=mask, branch_starts=(chosen - count, rejected - count))

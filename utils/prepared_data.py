@@ -226,7 +226,7 @@ def report_counts(loaded: LoadedRecipe, counts: dict[str, EncodingCounts]) -> No
     for name, count in counts.items():
         if count.dropped:
             shown = ", ".join(count.dropped_places)
-            message = "%d of %d %s rows left out, longer than %d tokens: %s"
+            message = "%d of %d %s rows left out, or turns of them, longer than %d tokens: %s"
             get_logger().warning(message, count.dropped, count.rows, name, limit, shown)
         if count.cut:
             get_logger().warning("%d %s rows cut to %d tokens; no answer was cut", count.cut, name, limit)

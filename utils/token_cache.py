@@ -11,7 +11,9 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -237,7 +239,7 @@ def open_or_build(
         os.utime(target)
         return target, facts
     remove_unused(target.parent)
-    temporary = target.with_name(f".{key}.tmp-{os.getpid()}")
+    temporary = target.with_name(f".{key}.tmp-{uuid.uuid4().hex}")  # two containers may have the same process number
     try:
         temporary.mkdir(parents=True)
         facts = build(temporary)
@@ -288,5 +290,6 @@ def remove_unused(folder: Path) -> None:
     """Deletes entries that no run has opened for a month, and what killed processes left."""
     oldest = time.time() - UNUSED_DAYS * 86_400
     for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.stat().st_mtime < oldest:
-            shutil.rmtree(entry, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has renamed or removed it meanwhile
+            if entry.stat().st_mtime < oldest:
+                shutil.rmtree(entry, ignore_errors=True)

@@ -145,6 +145,11 @@ class TokenizerUtils:
         fix = f"templates that work with this tokenizer: {', '.join(fitting)}"
         raise RecipeError(message, where="data.template", fix=fix, code="template-tokens")
 
+    @property
+    def begin_token_id(self) -> int | None:
+        """The token that this tokenizer puts in front of every text, if it does."""
+        return self._encoder.bos
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 of all that decides an encoding: tokenizer, template, mask policy and system message."""

@@ -837,3 +837,16 @@ def test_a_template_that_hides_the_arguments_of_a_call_is_refused(embedded: Mode
     call = {"name": "get_weather", "arguments": {"city": "Rome"}}
     with pytest.raises(DataError, match="arguments of a tool call of turn 2: 'Rome' is missing"):
         utils.encode_example(make_tool_row(tool_calls=[call]))
+
+
+def test_a_cut_prompt_keeps_its_begin_of_text_token() -> None:
+    # Llama and Gemma put one in front of everything; a row cut to its tail had lost it.
+    encoded = make_encoded(".......xx")
+    fitted = fit_length(encoded, 6, bos_token_id=int(encoded.input_ids[0]))
+    assert fitted is not None
+    assert fitted.input_ids.tolist() == [encoded.input_ids[0], *encoded.input_ids[4:]]
+    assert fitted.loss_mask.tolist() == [False, *encoded.loss_mask[4:]]
+    assert (
+        fit_length(encoded, 3, bos_token_id=int(encoded.input_ids[0])) is None
+    )  # nothing before the answer would be left
+    assert fit_length(encoded, 3) is not None

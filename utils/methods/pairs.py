@@ -14,7 +14,7 @@ import numpy as np
 from config.structured_config import DataSection
 from utils.data_formats import Example
 from utils.exceptions import DataError, Problem
-from utils.methods.sft import EncodingCounts, fit_example
+from utils.methods.sft import EncodingCounts, fit_row
 from utils.piece_encoder import EncodedExample
 from utils.row_checks import ProblemLog
 from utils.tokenizer_utils import TokenizerUtils
@@ -50,8 +50,8 @@ def encode_pairs(
         if pair is None:
             fix = "give the row a prompt, or set data.template to one that writes something before the answer"
             problems.add(Problem("no-prompt", "nothing stands before the two answers", row.where, fix))
-        elif (fitted := fit_example(pair, data, counts, problems)) is not None:
-            kept.append(fitted)
+        else:
+            kept += fit_row([pair], data, counts, problems, tokenizer.begin_token_id)
     counts.examples += len(kept)
     return kept
 

@@ -23,8 +23,8 @@ class EncodingCounts:
     Attributes:
         rows: rows read.
         examples: sequences to learn from; a conversation can become several, one for each turn.
-        dropped: left out, because they are longer than `data.max_length`.
-        cut: shortened to it, never in their answer.
+        dropped: rows that were left out, or turns of which were, because they are longer than `data.max_length`.
+        cut: rows that were shortened to it, never in their answer.
         dropped_places: `file:line` of the first ones left out.
     """
 
@@ -54,32 +54,38 @@ def encode_rows(
             for problem in encoded.problems:
                 problems.add(problem)
             continue
-        fitted = (fit_example(whole, data, counts, problems) for whole in encoded)
-        kept += [example for example in fitted if example is not None]
+        fitted = fit_row(encoded, data, counts, problems, tokenizer.begin_token_id)
+        kept += fitted
     counts.examples += len(kept)
     return kept
 
 
-def fit_example(
-    whole: EncodedExample, data: DataSection, counts: EncodingCounts, problems: ProblemLog
-) -> EncodedExample | None:
-    """Applies `data.overlong` to one example; None if it is left out, or refused and added to `problems`."""
-    length = whole.path_length
-    if length <= data.max_length:
-        return whole
+def fit_row(
+    row: Sequence[EncodedExample],
+    data: DataSection,
+    counts: EncodingCounts,
+    problems: ProblemLog,
+    bos_token_id: int | None,
+) -> list[EncodedExample]:
+    """Applies `data.overlong` to the sequences of one row, which counts once however many of them are too long."""
+    longest = max(row, key=lambda example: example.path_length)
+    if longest.path_length <= data.max_length:
+        return list(row)
     if data.overlong == "error":
         fix = "raise data.max_length, or set data.overlong: drop or truncate"
-        message = f"{length} tokens are more than max_length {data.max_length}"
-        problems.add(Problem("too-long", message, whole.where, fix))
-        return None
-    fitted = fit_length(whole, data.max_length) if data.overlong == "truncate" else None
-    if fitted is None:
+        message = f"{longest.path_length} tokens are more than max_length {data.max_length}"
+        problems.add(Problem("too-long", message, longest.where, fix))
+        return []
+    fitted = [fit_length(whole, data.max_length, bos_token_id) for whole in row]
+    if data.overlong == "drop":
+        fitted = [whole if whole.path_length <= data.max_length else None for whole in row]
+    kept = [example for example in fitted if example is not None]
+    if len(kept) < len(row):
         counts.dropped += 1
         if len(counts.dropped_places) < SHOWN_PLACES:
-            counts.dropped_places.append(whole.where)
-        return None
-    counts.cut += 1
-    return fitted
+            counts.dropped_places.append(longest.where)
+    counts.cut += any(example is not None and example is not whole for example, whole in zip(fitted, row, strict=True))
+    return kept
 
 
 @dataclass(frozen=True)
