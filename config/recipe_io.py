@@ -155,6 +155,8 @@ def format_resolved(loaded: LoadedRecipe) -> str:
             continue
         if name in PAIR_METHODS and value is None:
             continue  # the section of another method
+        if name == "scratch" and value is None:
+            continue  # a pretrained model
         if not isinstance(value, dict):
             lines.append(format_line(name, value, loaded.origins.get(name, "default"), indent=""))
             continue

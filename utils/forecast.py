@@ -91,7 +91,8 @@ def describe_work(recipe: Recipe) -> tuple[object, ...]:
     """What decides the work for a token."""
     model, training = recipe.model, recipe.training
     kind = "full" if recipe.lora is None else recipe.lora.variant
-    return model.name, model.dtype, model.quantization, training.method, kind, training.gradient_checkpointing
+    work = model.name, model.dtype, model.quantization, training.method, kind, training.gradient_checkpointing
+    return (*work, recipe.scratch)
 
 
 def estimate_disk(recipe: Recipe, shape: ModelShape, config: dict[str, Any]) -> DiskForecast:

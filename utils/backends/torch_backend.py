@@ -25,6 +25,7 @@ from utils.backends.torch_losses import compute_token_losses
 from utils.backends.torch_model import TorchModel, run_side_by_side
 from utils.backends.torch_preference import compare_pairs as compare_pairs
 from utils.backends.torch_preference import score_pairs as score_pairs
+from utils.backends.torch_scratch import build_network
 from utils.backends.torch_step import make_step as make_step
 from utils.batching import Batch
 from utils.device_manager import DeviceManager
@@ -52,15 +53,18 @@ def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
     accelerator = Accelerator(cpu=plan.device == "cpu")
     quantization = recipe.model.to_quantization_config(plan.dtype_name)
     try:
-        network = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            dtype=plan.dtype,
-            attn_implementation="sdpa",
-            trust_remote_code=recipe.model.trust_remote_code,
-            use_safetensors=True,
-            local_files_only=True,
-            quantization_config=quantization,
-        )
+        if source.seed is not None:
+            network = build_network(source.config, source.seed)
+        else:
+            network = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                dtype=plan.dtype,
+                attn_implementation="sdpa",
+                trust_remote_code=recipe.model.trust_remote_code,
+                use_safetensors=True,
+                local_files_only=True,
+                quantization_config=quantization,
+            )
     except ImportError as error:
         raise MachineError(str(error).strip().splitlines()[0], where="model", fix="run `make setup`") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
