@@ -97,8 +97,8 @@ class ScratchSection(Section):
     context: Annotated[int, Field(ge=8, le=131_072)] = 128
     """Longest text in tokens that the model sees at once, and so the length of a training window."""
     stride: Annotated[int, Field(ge=1)] | None = None
-    """Tokens from the start of one window to the next; a window learns only the tokens that the one before lacks. Null
-    takes context - 1: windows share one token, so that every token has one to be predicted from."""
+    """Tokens from the start of one window to the next, below context; held-out windows count only the tokens that are new.
+    Null takes context - 1: windows share one token, so that each token is learned once an epoch."""
     tokenizer: Literal["char", "bpe"] = "char"
     """char: every character of the corpus is a token. bpe: byte-level byte pair encoding with `vocab_size` tokens."""
     vocab_size: Annotated[int, Field(ge=260, le=262_144)] | None = None

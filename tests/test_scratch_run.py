@@ -33,8 +33,9 @@ def write_recipe(folder: Path, architecture: str) -> Path:
     recipe = {
         "model": {"name": "tiny", "init": "scratch"},
         "data": {"train": str(folder / "corpus.txt")},
-        "scratch": {"architecture": architecture, "layers": 2, "heads": 2, "width": 32, "context": 64},
-        "training": {"method": "sft", "batch_size": 8, "learning_rate": 1e-2, "max_steps": 80, "eval_every": 40},
+        # 32 and the sentence's 51 characters share no factor: windows begin at each of its letters.
+        "scratch": {"architecture": architecture, "layers": 2, "heads": 2, "width": 32, "context": 64, "stride": 32},
+        "training": {"method": "sft", "batch_size": 16, "learning_rate": 1e-2, "max_steps": 150, "eval_every": 75},
         "generation": {"max_new_tokens": 150},
         "evaluation": {"metrics": ["loss", "perplexity"]},
     }
@@ -43,11 +44,11 @@ def write_recipe(folder: Path, architecture: str) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with a finished run called `run`."""
     work = tmp_path_factory.mktemp("work")
-    done = run_script("train", "--recipe", write_recipe(work, request.param), "--run", work / "run", cwd=work)
+    done = run_script("train", "--recipe", write_recipe(work, "llama"), "--run", work / "run", cwd=work)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "goes on: " in done.stderr
     return work
@@ -79,17 +80,13 @@ def test_the_report_compares_the_random_model_with_the_trained_one(finished: Pat
     assert "Text before and after" in (finished / "run" / "report.md").read_text(encoding="utf-8")
 
 
-def test_infer_goes_on_with_a_prompt_beyond_the_context(finished: Path) -> None:
+def test_infer_goes_on_beyond_the_context_and_needs_no_corpus(finished: Path) -> None:
+    (finished / "corpus.txt").rename(finished / "gone.txt")
     done = run_script("infer", "--run", finished / "run", "--prompt", "the cat", cwd=finished)
+    (finished / "gone.txt").rename(finished / "corpus.txt")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.rstrip("\n")) >= 140
-    assert "sat on the mat and the dog" in done.stdout
-
-
-def test_infer_names_a_character_that_the_tokenizer_does_not_know(finished: Path) -> None:
-    done = run_script("infer", "--run", finished / "run", "--prompt", "THE cat", cwd=finished)
-    assert done.returncode == 3
-    assert "does not know 'T', 'H', 'E'" in done.stderr
+    assert "dog ran to the sea" in done.stdout
 
 
 def test_a_conversation_takes_each_prompt_by_itself_and_goes_on_after_an_unknown_character(finished: Path) -> None:
@@ -117,19 +114,20 @@ def test_merge_says_that_there_is_nothing_to_merge(finished: Path) -> None:
     assert str(finished / "run" / "model") in done.stderr
 
 
-def test_two_runs_give_equal_weights_and_another_seed_gives_others(finished: Path) -> None:
-    (recipe,) = finished.glob("tiny_*.yaml")
-    short = ["--set", "training.max_steps=3", "--set", "training.eval_every=3"]
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        done = run_script("train", "--recipe", recipe, *short, "--set", f"seed={seed}", "--run", name, cwd=finished)
-        assert done.returncode == 0, done.stderr
-    first, second, other = (load_file(finished / name / "model" / "model.safetensors") for name in "abc")
-    assert all((first[key] == second[key]).all() for key in first)
-    assert any((first[key] != other[key]).any() for key in first)
-
-
-def test_the_run_can_be_asked_when_the_corpus_is_gone(finished: Path) -> None:
-    (finished / "corpus.txt").rename(finished / "gone.txt")
-    done = run_script("infer", "--run", finished / "run", "--prompt", "the sea", cwd=finished)
-    (finished / "gone.txt").rename(finished / "corpus.txt")
+def test_two_runs_give_equal_weights(finished: Path) -> None:
+    done = run_script("train", "--recipe", finished / "tiny_llama.yaml", "--run", finished / "again", cwd=finished)
     assert done.returncode == 0, done.stderr
+    first, second = (load_file(finished / name / "model" / "model.safetensors") for name in ("run", "again"))
+    assert first.keys() == second.keys()
+    assert all((first[key] == second[key]).all() for key in first)
+
+
+def test_gpt2_trains_and_answers_beyond_its_last_position(tmp_path: Path) -> None:
+    # GPT-2 has an embedding for each position: without a sliding window the 65th token would be an IndexError.
+    done = run_script("train", "--recipe", write_recipe(tmp_path, "gpt2"), "--run", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["eval_loss"] < 0.5
+    asked = run_script("infer", "--run", tmp_path / "run", "--prompt", "the cat", cwd=tmp_path)
+    assert asked.returncode == 0, asked.stderr
+    assert len(asked.stdout) >= 140
+    assert "sat on the mat" in asked.stdout

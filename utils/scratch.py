@@ -57,7 +57,7 @@ def settle_recipe(loaded: LoadedRecipe) -> LoadedRecipe:
     if loaded.recipe.data.max_length != scratch.context:
         loaded = loaded.with_automatic_value("data.max_length", scratch.context, "windows have scratch.context tokens")
     if scratch.stride is None:
-        reason = "windows share one token, so that each token is learned once"
+        reason = "windows share one token, so that each token is learned once an epoch"
         loaded = loaded.with_automatic_value("scratch.stride", scratch.context - 1, reason)
     if loaded.recipe.model.dtype == "auto":
         loaded = loaded.with_automatic_value("model.dtype", "float32", "a new model is trained in float32")
@@ -166,8 +166,7 @@ def write_windows(loaded: LoadedRecipe, tokenizer: TokenizerUtils, folder: Path)
         ("train", TRAIN, train, corpus.train, None),
         ("evaluation", EVALUATION, evaluation, corpus.evaluation, recipe.evaluation.max_examples),
     ):
-        title = "training text" if name == "train" else "held-out text"
-        windows = islice(make_examples(tokens, scratch.context, stride, title), limit)
+        windows = islice(make_examples(tokens, scratch.context, stride, held_out=name == "evaluation"), limit)
         examples = write_examples(windows, folder / file)
         facts[name] = asdict(EncodingCounts(rows=len(documents), examples=examples))
     return facts

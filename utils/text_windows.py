@@ -24,12 +24,12 @@ class Window:
     Attributes:
         start: index of its first token in the stream.
         end: index behind its last token.
-        learned_from: index in the stream of the first token that the window before did not learn.
+        new_from: index in the stream of the first token that the window before lacks.
     """
 
     start: int
     end: int
-    learned_from: int
+    new_from: int
 
 
 def split_tokens(tokens: Tokens, eval_fraction: float) -> tuple[Tokens, Tokens]:
@@ -48,10 +48,8 @@ def split_tokens(tokens: Tokens, eval_fraction: float) -> tuple[Tokens, Tokens]:
 
 
 def cut_windows(count: int, context: int, stride: int) -> Iterator[Window]:
-    """Yields windows over a stream so that every token but the first is learned exactly once.
+    """Yields windows over a stream; together their new tokens are every token but the first, exactly once.
 
-    Each window sees `context` tokens and learns those that the window before lacks, so with a stride below context - 1 a token
-    is predicted from at least context - stride tokens before it (transformers' guide «Perplexity of fixed-length models»).
     The last window is moved to the left until it is full: no padding, and its tokens have more before them.
 
     Args:
@@ -59,22 +57,24 @@ def cut_windows(count: int, context: int, stride: int) -> Iterator[Window]:
         context: tokens of a window.
         stride: from one start to the next, below context.
     """
-    learned_until = 1  # nothing stands before the first token
+    seen_until = 1  # nothing stands before the first token
     start = 0
-    while learned_until < count:
+    while seen_until < count:
         end = min(start + context, count)
-        yield Window(max(0, end - context), end, learned_until)
-        learned_until = end
+        yield Window(max(0, end - context), end, seen_until)
+        seen_until = end
         start += stride
 
 
-def make_examples(tokens: Tokens, context: int, stride: int, name: str) -> Iterator[EncodedExample]:
+def make_examples(tokens: Tokens, context: int, stride: int, *, held_out: bool) -> Iterator[EncodedExample]:
     """Yields the windows of a stream as examples.
 
-    Args:
-        name: what `where` calls the stream.
+    In training a window learns all of its tokens, the first ones with little before them too: a prompt is no longer than that.
+    Held-out windows count only the tokens that the window before lacks. So none counts twice, and behind the first window each
+    is predicted from at least context - stride tokens (transformers' guide «Perplexity of fixed-length models»).
     """
+    name = "held-out text" if held_out else "training text"
     for window in cut_windows(len(tokens), context, stride):
         ids = tokens[window.start : window.end].astype(np.int64)
-        mask = np.arange(window.start, window.end) >= window.learned_from
+        mask = np.arange(window.start, window.end) >= (window.new_from if held_out else window.start + 1)
         yield EncodedExample(ids, mask, f"{name}, tokens {window.start} to {window.end - 1}", is_text=True)

@@ -104,7 +104,7 @@ def test_the_table_of_shapes_counts_the_parameters(architecture: str) -> None:
 def test_the_loss_of_a_window_is_that_of_transformers(architecture: str) -> None:
     model = load_new(architecture)
     tokens = np.random.default_rng(0).integers(2, 70, 100).astype(np.int32)
-    windows = list(make_examples(tokens, 32, 24, "text"))
+    windows = list(make_examples(tokens, 32, 24, held_out=True))
     got = torch_backend.evaluate(model, [pad_rows(windows, 0)])
     for window, (nats, count) in zip(windows, got, strict=True):
         ids = torch.from_numpy(window.input_ids)[None]

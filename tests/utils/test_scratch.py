@@ -45,9 +45,13 @@ def check(folder: Path, **sections: Any) -> Preflight:
 
 
 def join(examples: EncodedSet) -> list[int]:
-    """The stream that windows were cut from: the first token, and whatever each window learns."""
-    learned = [token for example in examples for token in example.input_ids[example.loss_mask].tolist()]
-    return [int(examples[0].input_ids[0]), *learned] if examples else []
+    """The stream that windows were cut from, put together by the places that they name."""
+    stream: dict[int, int] = {}
+    for example in examples:
+        first = int(example.where.split()[-3])
+        stream |= {first + index: int(token) for index, token in enumerate(example.input_ids)}
+    assert sorted(stream) == list(range(len(stream)))
+    return [stream[index] for index in range(len(stream))]
 
 
 def find_problem(folder: Path, **sections: Any) -> tuple[str, str]:
