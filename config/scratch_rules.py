@@ -89,6 +89,12 @@ def find_data_violations(recipe: Recipe, scratch: ScratchSection) -> Iterator[Br
         if not isinstance(source, str) and source.weight != 1:
             message = f"{source.source} has a weight, and a corpus is read once"
             yield ("data", "train"), message, "remove the weight"
+    if recipe.training.method != "sft":
+        message = f"method {recipe.training.method} compares answers, and a new model learns from raw text"
+        yield ("training", "method"), message, "set method: sft"
+    if recipe.training.small_data == "gentle":
+        message = "small_data looks at the number of rows, and a corpus is cut into windows"
+        yield ("training", "small_data"), message, "remove it"
     if recipe.training.packing:
         yield ("training", "packing"), "windows are all of one length: there is nothing to pack", "set packing: false"
     for name in recipe.evaluation.metrics:

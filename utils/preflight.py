@@ -121,7 +121,9 @@ def check_new_model(loaded: LoadedRecipe, run: RunFolder | None) -> Preflight:
     tokenizer = (
         open_run_tokenizer(loaded, source, run) if run else open_tokenizer(loaded, source, ("prompt_completion",))
     )
-    return complete_preflight(loaded, source, tokenizer, scan, prepare_windows(loaded, tokenizer), device)
+    data = prepare_windows(loaded, tokenizer)
+    scan = replace(scan, train_rows=len(data.train), evaluation_rows=len(data.evaluation))  # windows, not documents
+    return complete_preflight(loaded, source, tokenizer, scan, data, device)
 
 
 def complete_preflight(

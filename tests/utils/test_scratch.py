@@ -10,6 +10,7 @@ import pytest
 from config.recipe_io import LoadedRecipe, format_resolved, load_recipe
 from utils.exceptions import DataError, RecipeError
 from utils.preflight import Preflight, check_recipe, summarise_preflight
+from utils.preview import collect_statistics
 from utils.token_cache import EncodedSet
 
 TEXT = "".join(f"Line {number} of the tale: the cat sat on mat {number * 7}.\n" for number in range(60))
@@ -87,6 +88,8 @@ def find_problem(folder: Path, **sections: Any) -> tuple[str, str]:
         ({"data": {"max_length": 64}}, "windows have scratch.context tokens"),
         ({"data": {"train": {"source": "x.txt", "weight": 2.0}}}, "read once"),
         ({"training": {"packing": True}}, "nothing to pack"),
+        ({"training": {"method": "orpo"}}, "compares answers"),
+        ({"training": {"small_data": "gentle"}}, "cut into windows"),
         ({"evaluation": {"metrics": ["loss", "exact_match"]}}, "raw text has none"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -190,6 +193,8 @@ def test_validate_shows_windows_steps_and_predicted_memory_of_the_new_model(tmp_
     assert facts["tokens_per_epoch"] == 32 * facts["training_rows"]
     assert facts["predicted_memory"].endswith(")")
     assert "download" not in facts
+    statistics = collect_statistics(preflight)
+    assert (statistics["rows"], statistics["held_out_rows"]) == (facts["training_rows"], facts["held_out_rows"])
     assert preflight.find_weights() is preflight.source
 
 
