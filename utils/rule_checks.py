@@ -16,7 +16,7 @@ TOO_FAR = 5.0  # a learning rate this many times above or below the table is rar
 FEW_STEPS, FEW_HELD_OUT = 20, 5
 LONG_STEP_S = 120.0
 CORE_FLOPS = 3.0e10  # operations in a second; the demo reaches 3.6e10 on each of two cores
-SCRATCH_LEARNING_RATE = 1e-3  # small new models; recipes/scratch_char.yaml has the sweep
+SCRATCH_LEARNING_RATE = 1e-3  # small new models; nanoGPT takes it for its character model
 
 
 @dataclass(frozen=True)

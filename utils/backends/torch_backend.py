@@ -53,9 +53,8 @@ def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
     accelerator = Accelerator(cpu=plan.device == "cpu")
     quantization = recipe.model.to_quantization_config(plan.dtype_name)
     try:
-        if source.seed is not None:
-            network = build_network(source.config, source.seed)
-        else:
+        network = build_network(source.config, source.seed) if source.seed is not None else None
+        if network is None:
             network = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=plan.dtype,
