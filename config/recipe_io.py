@@ -155,6 +155,8 @@ def format_resolved(loaded: LoadedRecipe) -> str:
             continue
         if name in PAIR_METHODS and value is None:
             continue  # the section of another method
+        if name == "scratch" and value is None:
+            continue  # a pretrained model
         if not isinstance(value, dict):
             lines.append(format_line(name, value, loaded.origins.get(name, "default"), indent=""))
             continue
@@ -175,7 +177,13 @@ def is_default_shadowed(recipe: Recipe, section: str, key: str) -> bool:
             and recipe.training.early_stopping_patience is None
         )
         or (section == "data" and key == "eval_fraction" and recipe.data.eval is not None)
+        or (section == "data" and key == "max_length" and not is_settled(recipe))
     )
+
+
+def is_settled(recipe: Recipe) -> bool:
+    """True unless `data.max_length` is still to become the length of a new model's windows."""
+    return recipe.scratch is None or recipe.data.max_length == recipe.scratch.context
 
 
 def format_line(key: str, value: Any, origin: str, indent: str) -> str:

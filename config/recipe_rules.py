@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from config.engine_rules import find_engine_violations
+from config.scratch_rules import find_scratch_violations
 
 if TYPE_CHECKING:
     from config.structured_config import MetricName, Recipe, TrainingSection
@@ -33,6 +34,7 @@ class RecipeRuleError(ValueError):
 def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     """Yields every cross-field rule that the recipe breaks."""
     training, data, generation = recipe.training, recipe.data, recipe.generation
+    yield from (RuleViolation(*broken) for broken in find_scratch_violations(recipe))
     if recipe.model.quantization != "none" and recipe.lora is None:
         message = f"{recipe.model.quantization} weights are frozen, so there is nothing to train without a lora section"
         yield RuleViolation(("model", "quantization"), message, "add a lora section, or set quantization: none")

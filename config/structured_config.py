@@ -48,7 +48,10 @@ class ModelSection(Section):
     """Which model, and in which numbers it is loaded."""
 
     name: Annotated[str, Field(min_length=1)]
-    """Hub id (`meta-llama/Llama-3.2-1B-Instruct`), local folder, or `embedded/<name>` for the model shipped with Tunebook."""
+    """Hub id (`meta-llama/Llama-3.2-1B-Instruct`), local folder, or `embedded/<name>` for the model shipped with Tunebook.
+    Under `init: scratch`, what the new model is called."""
+    init: Literal["pretrained", "scratch"] = "pretrained"
+    """pretrained: weights that exist. scratch: random weights and a tokenizer of their own, as the section `scratch` says."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; null takes its main branch."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -82,6 +85,59 @@ class ModelSection(Section):
             bnb_4bit_compute_dtype=compute_dtype,
             bnb_4bit_use_double_quant=True,
         )
+
+
+class ScratchSection(Section):
+    """A new model for raw text: its size, its windows, and its tokenizer, which is trained on the corpus of `data`."""
+
+    architecture: Literal["llama", "gpt2"] = "llama"
+    """llama: rotary positions, RMS norms, gated MLP. gpt2: learned positions, layer norms. Both share embedding and head."""
+    layers: Annotated[int, Field(ge=1, le=128)] = 4
+    """Transformer blocks."""
+    heads: Annotated[int, Field(ge=1, le=128)] = 4
+    """Attention heads of each layer; `width` is shared out among them."""
+    width: Annotated[int, Field(ge=8, le=16_384)] = 128
+    """Size of the vector that stands for a token."""
+    context: Annotated[int, Field(ge=8, le=131_072)] = 128
+    """Longest text in tokens that the model sees at once, and so the length of a training window."""
+    stride: Annotated[int, Field(ge=1)] | None = None
+    """Tokens from the start of one window to the next, below context; held-out windows count only the tokens that are new.
+    Null takes context - 1: windows share one token, so that each token is learned once an epoch."""
+    tokenizer: Literal["char", "bpe"] = "char"
+    """char: every character of the corpus is a token. bpe: byte-level byte pair encoding with `vocab_size` tokens."""
+    vocab_size: Annotated[int, Field(ge=260, le=262_144)] | None = None
+    """Tokens of a bpe vocabulary; char has as many as the corpus has characters."""
+
+    def to_model_config(self, vocab_size: int, end_of_text_id: int) -> dict[str, Any]:
+        """The new model's config.json, as transformers reads it.
+
+        Args:
+            vocab_size: tokens of the trained tokenizer.
+            end_of_text_id: the token between two documents.
+        """
+        shared = {
+            "model_type": self.architecture,
+            "vocab_size": vocab_size,
+            "bos_token_id": end_of_text_id,
+            "eos_token_id": end_of_text_id,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.02,
+            "dtype": "float32",
+        }
+        if self.architecture == "gpt2":
+            sizes = {"n_embd": self.width, "n_layer": self.layers, "n_head": self.heads, "n_positions": self.context}
+            # A new model on a small corpus sees each text a few times: dropout would also cost the second CPU worker.
+            return {**shared, **sizes, **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)}
+        return {
+            **shared,
+            "hidden_size": self.width,
+            # Two thirds of 4 x width, because the gated MLP has three matrices instead of two (arXiv 2302.13971, section 2.2).
+            "intermediate_size": -(-8 * self.width // 3 // 16) * 16,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "max_position_embeddings": self.context,
+        }
 
 
 class DataSource(Section):
@@ -120,7 +176,7 @@ class DataSection(Section):
 
     train: SourceOrList
     """Training rows: a file (JSON, JSONL, CSV or Parquet, also .gz), a glob, a hub dataset id, a section
-    `{source: …, weight: …}`, or a list of these."""
+    `{source: …, weight: …}`, or a list of these. Under `init: scratch` also `.txt` files, each of them one document."""
     eval: SourceOrList | None = None
     """Held-out rows, named like `train`; null holds out `eval_fraction` of the training rows."""
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
@@ -350,6 +406,7 @@ class Recipe(Section):
     """auto takes torch: CUDA, then Apple's MPS, then the CPU."""
     model: ModelSection
     data: DataSection
+    scratch: ScratchSection | None = None
     lora: LoraSection | None = None
     training: TrainingSection
     dpo: DpoSection | None = None

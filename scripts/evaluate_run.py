@@ -28,14 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from utils.backends import load_backend
     from utils.evaluation import evaluate_run
-    from utils.model_source import find_model
     from utils.preflight import check_recipe
     from utils.report import print_summary, write_report
     from utils.seed_manager import SeedManager
 
     folder.check_complete()
     preflight = check_recipe(loaded, folder)
-    source = find_model(loaded.recipe.model, loaded.find_origin("model.name"), with_weights=True)
+    source = preflight.find_weights()
     backend = load_backend(loaded.recipe.backend)
     SeedManager(loaded.recipe.seed).seed_everything()
     examples, samples = preflight.read_evaluation_examples(), loaded.recipe.evaluation.samples

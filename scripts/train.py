@@ -31,7 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     # Imported behind the recipe check, so that a typo is answered before numpy and tokenizers are loaded.
     from utils.backends import load_backend
-    from utils.model_source import find_model
     from utils.preflight import check_recipe
     from utils.preview import print_first_example, print_warnings
     from utils.seed_manager import SeedManager
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_first_example(preflight)
     loaded = preflight.loaded
     recipe = loaded.recipe
-    source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
+    source = preflight.find_weights()
     backend = load_backend(recipe.backend)
     SeedManager(recipe.seed, deterministic=recipe.deterministic).seed_everything()
     model = backend.attach_lora(backend.load_model(source, recipe), recipe)

@@ -20,6 +20,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 # What a section is called by the code that reads it: `recipe.data.overlong`, `data.overlong`, `self.training.packing`.
 SECTION_OWNERS = {
     "ModelSection": {"model"},
+    "ScratchSection": {"scratch"},
     "DataSection": {"data"},
     "LoraSection": {"lora"},
     "TrainingSection": {"training"},

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from config.scratch_rules import TEXT_SUFFIX
 from config.structured_config import DataSource
 from utils.data_loading import Row, check_file, find_kind, iterate_file, rename_row
 from utils.exceptions import DataError, Problem
+from utils.file_lines import read_utf8
 from utils.messages import is_encodable
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -69,7 +71,8 @@ def resolve_item(item: DataSource, where: str) -> list[RowSource]:
             return expand_glob(item, where)
         if is_hub_id(item.source):
             return [RowSource(f"{item.source}[{item.split}]", item.weight, None, item)]
-    check_file(path)
+    if not is_text_file(path):
+        check_file(path)
     if unread := sorted(item.model_fields_set & {"split", "subset", "revision", "streaming"}):
         text = f"{unread[0]} is for hub datasets, and {item.source} is a file"
         raise DataError(text, where=where, fix=f"remove {unread[0]}", code="not-hub")
@@ -91,7 +94,7 @@ def expand_glob(item: DataSource, where: str) -> list[RowSource]:
     if odd := [name for name in found if not is_encodable(name)]:
         text = f"a file's name is not UTF-8: {odd[0].encode(errors='replace').decode()}"
         raise DataError(text, where=where, fix="rename it", code="no-file")
-    readable = [name for name in found if find_kind(Path(name))]
+    readable = [name for name in found if find_kind(Path(name)) or item.source.lower().endswith(TEXT_SUFFIX)]
     if not readable:
         text = f"no data file matches {item.source}"
         fix = f"paths are relative to {Path.cwd()}"
@@ -103,7 +106,25 @@ def expand_glob(item: DataSource, where: str) -> list[RowSource]:
 
 def is_hub_id(name: str) -> bool:
     """True for `org/name` that is neither a data file's name nor below a folder that exists."""
-    return bool(HUB_ID.fullmatch(name)) and not find_kind(Path(name)) and not Path(name).parent.exists()
+    is_file = find_kind(Path(name)) or name.lower().endswith(TEXT_SUFFIX)
+    return bool(HUB_ID.fullmatch(name)) and not is_file and not Path(name).parent.exists()
+
+
+def is_text_file(path: Path) -> bool:
+    """True for a file that is one text without rows; the recipe's rules keep it for models that learn from a corpus."""
+    return path.suffix.lower() == TEXT_SUFFIX and path.is_file()
+
+
+def iterate_text(path: Path) -> Iterator[Row | Problem]:
+    """Yields a text file as one row `{"text": …}`, its line ends as `\\n`.
+
+    Raises:
+        DataError: it cannot be read, is not UTF-8, or holds nothing but white space.
+    """
+    text = read_utf8(path).replace("\r\n", "\n")
+    if not text.strip():
+        raise DataError("holds no text", where=str(path), fix="put text into it, or leave it out", code="no-rows")
+    yield Row({"text": text}, f"{path}:1")
 
 
 def find_repeated(sources: Sequence[RowSource], where: str) -> Iterator[Problem]:
@@ -130,7 +151,10 @@ def iterate_rows(
     Raises:
         DataError: the source cannot be read, or holds no rows.
     """
-    found = iterate_hub(source) if source.path is None else iterate_file(source.path)
+    if source.path is None:
+        found = iterate_hub(source)
+    else:
+        found = iterate_text(source.path) if is_text_file(source.path) else iterate_file(source.path)
     if not columns:
         yield from found
         return

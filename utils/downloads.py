@@ -75,7 +75,7 @@ def find_download(model: ModelSection, where: str) -> DownloadStatus | None:
     """
     from huggingface_hub import is_offline_mode
 
-    if not is_on_hub(model.name):
+    if model.init == "scratch" or not is_on_hub(model.name):
         return None
     target = get_cache_folder_of(model)
     with explain_errors(model, where):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from config.recipe_rules import PAIR_METRICS
 from config.structured_config import MetricName, Recipe
 from utils.backends import Backend
+from utils.batching import pad_prompts_left
 from utils.data_formats import Example
 from utils.exceptions import DataError
 from utils.inference import Responder, encode_prompts, make_settings
@@ -43,6 +44,7 @@ class Evaluation:
         comparisons: each metric before and after.
         base_answers, tuned_answers: generated answers, row by row; empty where no metric needs them.
         base_scores, tuned_scores: 0/1 of the first metric on generated answers, row by row.
+        text: how both go on with the held-out text, for a new model that was trained on raw text.
     """
 
     comparisons: dict[MetricName, Comparison]
@@ -50,6 +52,16 @@ class Evaluation:
     tuned_answers: list[str]
     base_scores: list[float]
     tuned_scores: list[float]
+    text: TextSample | None = None
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """The beginning of the held-out text, and how the untouched and the trained model go on."""
+
+    prompt: str
+    base: str
+    tuned: str
 
 
 def evaluate_run(
@@ -69,6 +81,7 @@ def evaluate_run(
         raise DataError("there are no held-out rows to evaluate on", where=where, fix="set data.eval", code="no-eval")
     base = backend.load_model(source, recipe)
     before = measure(backend, base, preflight, examples, source)
+    base_text = continue_text(backend, base, preflight) if recipe.scratch else ("", "")
     tuned = load_trained_model(backend, base, recipe, folder)
     after = measure(backend, tuned, preflight, examples, None)
     comparisons: dict[MetricName, Comparison] = {}
@@ -86,7 +99,18 @@ def evaluate_run(
             comparisons[name] = compare_scores(*scores)
             if not base_scores:
                 base_scores, tuned_scores = scores
-    return Evaluation(comparisons, before.answers, after.answers, base_scores, tuned_scores)
+    text = TextSample(*base_text, continue_text(backend, tuned, preflight)[1]) if recipe.scratch else None
+    return Evaluation(comparisons, before.answers, after.answers, base_scores, tuned_scores, text)
+
+
+def continue_text(backend: Backend, model: Any, preflight: Preflight) -> tuple[str, str]:
+    """The beginning of the held-out text, a quarter of the context, and how a model goes on from there."""
+    recipe, tokenizer = preflight.loaded.recipe, preflight.tokenizer
+    window = (preflight.data.evaluation or preflight.data.train)[0].input_ids
+    prompt = window[: max(1, (recipe.scratch.context if recipe.scratch else len(window)) // 4)]
+    settings = make_settings(tokenizer, recipe.generation)
+    (ids,) = backend.generate(model, [pad_prompts_left([prompt], settings.pad_id)], settings)
+    return tokenizer.decode(prompt.tolist()), tokenizer.decode(ids)
 
 
 def load_trained_model(backend: Backend, base: Any, recipe: Recipe, folder: RunFolder) -> Any:

@@ -92,7 +92,7 @@ def describe_work(recipe: Recipe) -> tuple[object, ...]:
     model, training = recipe.model, recipe.training
     kind = "full" if recipe.lora is None else recipe.lora.variant
     weights, steps = (model.name, model.dtype, model.quantization), (training.engine, training.method)
-    return *weights, *steps, kind, training.gradient_checkpointing
+    return *weights, *steps, kind, training.gradient_checkpointing, recipe.scratch
 
 
 def estimate_disk(recipe: Recipe, shape: ModelShape, config: dict[str, Any]) -> DiskForecast:

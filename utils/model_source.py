@@ -35,12 +35,14 @@ class ModelSource:
         folder: holds config.json, the tokenizer and, once fetched, safetensors.
         config: the parsed config.json.
         adapter: folder of a finished adapter that is folded into the weights when they are loaded.
+        seed: of the weights of a new model, which are on no disk; None for all others.
     """
 
     name: str
     folder: Path
     config: dict[str, Any]
     adapter: Path | None = None
+    seed: int | None = None
 
     @property
     def model_type(self) -> str:
@@ -67,6 +69,8 @@ class ModelSource:
     def hash_weights(self) -> str:
         """SHA-256 over the names, sizes and headers of the weight files: fast, and different for a different model."""
         digest = hashlib.sha256()
+        if self.seed is not None:  # a new model's weights follow from these two
+            digest.update(json.dumps([self.config, self.seed], sort_keys=True).encode())
         for path in self.list_weight_files():
             digest.update(f"{path.name} {path.stat().st_size} ".encode() + read_header_bytes(path))
             with path.open("rb") as file:  # a sample of the numbers themselves: fine-tunes share names and sizes

@@ -37,6 +37,7 @@ from utils.rule_checks import Facts
 from utils.rules import find_problems
 from utils.run_folder import RunFolder
 from utils.schedules import count_warmup_steps
+from utils.scratch import open_new_model, prepare_windows, scan_corpus, settle_recipe
 from utils.small_data import adapt_to_small_data
 from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
 
@@ -80,7 +81,13 @@ class Preflight:
 
     def read_evaluation_examples(self) -> list[Example]:
         """The held-out rows as text, for generation and metrics."""
-        return list(iterate_held_out(self.loaded, self.scan))
+        return [] if self.loaded.recipe.scratch else list(iterate_held_out(self.loaded, self.scan))
+
+    def find_weights(self) -> ModelSource:
+        """The model with its weights, downloaded where they are missing; those of a new model follow from its seed."""
+        if self.source.seed is not None:
+            return self.source
+        return find_model(self.loaded.recipe.model, self.loaded.find_origin("model.name"), with_weights=True)
 
 
 def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Preflight:
@@ -95,6 +102,8 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     recipe = loaded.recipe
     if run is None:  # a finished run is measured without the engine that trained it
         check_engine(recipe.training.engine, loaded.find_origin("training.engine"))
+    if recipe.scratch is not None:
+        return check_new_model(loaded, run)
     family = find_family_by_name(recipe.model.name)
     family = family or find_family(EMBEDDED_MODELS.get(recipe.model.name.removeprefix(EMBEDDED_PREFIX)))
     # A finished run is only measured here, so it does not matter whether this machine could train it.
@@ -112,6 +121,33 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     data = prepare_data(loaded, scan, tokenizer)
     if run is None:
         loaded, scan, data = adapt_small_set(loaded, scan, data, tokenizer)
+    return complete_preflight(loaded, source, tokenizer, scan, data, device)
+
+
+def check_new_model(loaded: LoadedRecipe, run: RunFolder | None) -> Preflight:
+    """The pre-flight of a model that is trained from scratch: a corpus instead of rows, a config instead of files."""
+    device = None if run else guess_device()
+    apply_rules(loaded, Facts(loaded.recipe, device=device))
+    loaded = settle_recipe(loaded)
+    scan, source = scan_corpus(loaded), open_new_model(loaded)
+    # A prompt stands for itself, as under format prompt_completion; no template is put around it.
+    tokenizer = (
+        open_run_tokenizer(loaded, source, run) if run else open_tokenizer(loaded, source, ("prompt_completion",))
+    )
+    data = prepare_windows(loaded, tokenizer)
+    scan = replace(scan, train_rows=len(data.train), evaluation_rows=len(data.evaluation))  # windows, not documents
+    return complete_preflight(loaded, source, tokenizer, scan, data, device)
+
+
+def complete_preflight(
+    loaded: LoadedRecipe,
+    source: ModelSource,
+    tokenizer: TokenizerUtils,
+    scan: RowScan,
+    data: PreparedData,
+    device: str | None,
+) -> Preflight:
+    """Steps, resources and the rules over all that is known."""
     plan = plan_run(loaded.recipe, len(data.train))
     if violations := list(find_cadence_violations(loaded.recipe.training, plan.total_steps)):
         places = [Problem("rule", v.message, loaded.find_origin(".".join(v.path)), v.fix) for v in violations]
@@ -181,7 +217,10 @@ def collect_rule_facts(
         vocabulary=resources.shape.vocabulary if resources.shape else None,
         largest_id=max(data.train.largest_id, evaluation.largest_id),
         held_out_rows=len(evaluation),
-        longest_prompt=int((evaluation.lengths - evaluation.supervised).max()) if evaluation else None,
+        # A new model's windows have no prompt, and generation goes on beyond its context.
+        longest_prompt=None
+        if loaded.recipe.scratch or not evaluation
+        else int((evaluation.lengths - evaluation.supervised).max()),
         steps=plan.total_steps,
         tokens_per_step=float(data.train.lengths.mean()) * min(loaded.recipe.training.batch_size, len(data.train)),
         device=machine.device,

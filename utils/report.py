@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from config.structured_config import MetricName
 from utils.data_formats import Example
-from utils.evaluation import Evaluation
+from utils.evaluation import Evaluation, TextSample
 from utils.metrics import BINARY, TITLES, format_change, format_value, give_verdict
 from utils.run_folder import RunFolder, write_text_atomically
 
@@ -31,6 +32,7 @@ def write_report(
         "verdict": verdict,
         "metrics": {name: comparison.to_json() for name, comparison in evaluation.comparisons.items()},
         "samples": [describe_sample(evaluation, examples, index) for index in shown],
+        "text": asdict(evaluation.text) if evaluation.text else None,
     }
     write_text_atomically(folder.report_json, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     plot_comparison(evaluation, folder.path / "before_after.png")
@@ -41,6 +43,8 @@ def write_report(
     if shown:
         lines += ["## Answers side by side", ""]
         lines += [line for index in shown for line in format_sample(evaluation, examples, index)]
+    if evaluation.text:
+        lines += format_text(evaluation.text)
     lines += ["Intervals are 95 %: Wilson for shares, a paired bootstrap over the held-out rows for differences."]
     write_text_atomically(folder.report_file, "\n".join(lines) + "\n")
     return verdict
@@ -124,6 +128,13 @@ def format_sample(evaluation: Evaluation, examples: Sequence[Example], index: in
         title = {"base": "before", "tuned": "after"}[who]
         lines += [f"{title} ({marks[sample[f'{who}_score']]}):", "", *indent(sample[who] or "(nothing)"), ""]
     return lines
+
+
+def format_text(text: TextSample) -> list[str]:
+    """How the held-out text goes on before and after training."""
+    parts = {"beginning of the held-out text": text.prompt, "before": text.base, "after": text.tuned}
+    found = [line for title, part in parts.items() for line in (f"{title}:", "", *indent(part or "(nothing)"), "")]
+    return ["## Text before and after", "", *found]
 
 
 def indent(text: str) -> list[str]:

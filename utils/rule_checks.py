@@ -16,6 +16,7 @@ TOO_FAR = 5.0  # a learning rate this many times above or below the table is rar
 FEW_STEPS, FEW_HELD_OUT = 20, 5
 LONG_STEP_S = 120.0
 CORE_FLOPS = 3.0e10  # operations in a second; the demo reaches 3.6e10 on each of two cores
+SCRATCH_LEARNING_RATE = 1e-3  # small new models; nanoGPT takes it for its character model
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,8 @@ def find_far_learning_rate(facts: Facts) -> str | None:
 def find_usual_rate(facts: Facts) -> float | None:
     """The table's learning rate, if it has one for this method."""
     recipe = facts.recipe
+    if recipe.scratch is not None:
+        return SCRATCH_LEARNING_RATE
     with_lora = recipe.lora is not None
     return find_learning_rate(facts.parameters or 0, facts.family, recipe.training.method, with_lora=with_lora)
 

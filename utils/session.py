@@ -15,22 +15,35 @@ from utils.evaluation import load_trained_model
 from utils.exceptions import DataError
 from utils.inference import Ids, Responder, make_settings
 from utils.messages import Message, check_message, check_text
-from utils.model_source import find_model
+from utils.model_source import ModelSource, find_model
 from utils.preflight import open_run_tokenizer
 from utils.run_folder import RunFolder
 from utils.seed_manager import SeedManager
+from utils.tokenizer_training import refuse_unknown_characters
 from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
 
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded model with its tokenizer and settings."""
+    """A loaded model with its tokenizer and settings.
+
+    Attributes:
+        continues_text: the model was trained from scratch on text and knows no turns: each prompt stands alone.
+    """
 
     responder: Responder
+    continues_text: bool = False
 
     def encode(self, messages: Sequence[Message]) -> Ids:
-        """Token ids of a conversation that ends with the user."""
-        return self.responder.tokenizer.encode_prompt(messages)
+        """Token ids of a conversation that ends with the user.
+
+        Raises:
+            DataError: the tokenizer does not know a character of it.
+        """
+        seen = messages[-1:] if self.continues_text else messages
+        for message in seen:
+            refuse_unknown_characters(self.responder.tokenizer.tokenizer, str(message["content"]))
+        return self.responder.tokenizer.encode_prompt(seen)
 
     def answer(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """Answers many conversations in batches."""
@@ -58,14 +71,18 @@ def open_run(folder: RunFolder, loaded: LoadedRecipe) -> Session:
     """
     recipe = loaded.recipe
     folder.check_complete()
-    source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
+    if is_new := recipe.scratch is not None:  # it has no base: what the run trained is all there is
+        source = ModelSource(str(folder.model), folder.model, {})
+    else:
+        source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
     tokenizer = open_run_tokenizer(loaded, source, folder)
     backend = load_backend(recipe.backend)
     SeedManager(recipe.seed).seed_everything()
     base = backend.load_model(source, recipe)
-    model = load_trained_model(backend, base, recipe, folder)
+    model = base if is_new else load_trained_model(backend, base, recipe, folder)
     settings = make_settings(tokenizer, recipe.generation)
-    return Session(Responder(backend, model, tokenizer, settings, recipe.evaluation.batch_size))
+    responder = Responder(backend, model, tokenizer, settings, recipe.evaluation.batch_size)
+    return Session(responder, continues_text=is_new)
 
 
 def open_model(name: str, generation: GenerationSection) -> Session:

@@ -15,7 +15,7 @@ from utils import workload
 from utils.backends import Backend, MachineFacts, load_engine
 from utils.checkpoint import STATE, write_folder_atomically
 from utils.cli import STARTED
-from utils.evaluation import compute_mean_loss, make_scorer, measure_losses
+from utils.evaluation import compute_mean_loss, continue_text, make_scorer, measure_losses
 from utils.exceptions import TunebookError
 from utils.logging import add_log_file, get_logger, hide_secrets
 from utils.methods.preference import PreferenceWatch, ReferenceCache, measure_held_out, reference_pairs
@@ -80,6 +80,9 @@ def run_training(run: PreparedRun) -> TrainingState:
     try:
         state = train_with_engine(run, make_parts(run, tracker))
         publish_weights(run, state)
+        if run.loaded.recipe.scratch and state.signal_number is None:
+            prompt, text = continue_text(run.backend, run.model, run.preflight)
+            get_logger().info("The held-out text begins: %s\nThe model of the last step goes on: %s", prompt, text)
         results = summarise(run, state)
     except (TunebookError, KeyboardInterrupt) as error:
         run.folder.write_facts({**facts, "status": "failed", "error": hide_secrets(str(error) or "interrupted")})

@@ -23,6 +23,7 @@ from config.structured_config import (
     ModelSection,
     OrpoSection,
     Recipe,
+    ScratchSection,
     Section,
     TrackingSection,
     TrainingSection,
@@ -32,6 +33,7 @@ SECTIONS = (
     Recipe,
     ModelSection,
     DataSection,
+    ScratchSection,
     LoraSection,
     TrainingSection,
     DpoSection,
@@ -248,7 +250,7 @@ def test_every_bound_holds_on_both_sides(
 def test_every_key_says_what_it_means(section: type[Section], name: str) -> None:
     info = section.model_fields[name]
     is_section = isinstance(info.annotation, type) and issubclass(info.annotation, Section)
-    if is_section or name in ("lora", "dpo", "kto", "orpo"):
+    if is_section or name in ("lora", "dpo", "kto", "orpo", "scratch"):
         assert section is Recipe  # a section says what it is in its own docstring
     else:
         assert info.description, f"{section.__name__}.{name} has no docstring"

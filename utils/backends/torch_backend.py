@@ -30,6 +30,7 @@ from utils.backends.torch_preference import compare_pairs as compare_pairs
 from utils.backends.torch_preference import score_pairs as score_pairs
 from utils.backends.torch_quantization import dequantize as dequantize
 from utils.backends.torch_quantization import prepare_quantised
+from utils.backends.torch_scratch import build_network
 from utils.backends.torch_step import make_step as make_step
 from utils.backends.torch_vocabulary import grow_vocabulary
 from utils.batching import Batch
@@ -67,7 +68,9 @@ def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
 
 
 def read_network(source: ModelSource, recipe: Recipe, plan: MachinePlan, device: str) -> nn.Module:
-    """Reads weights onto the device, quantised where the recipe says so."""
+    """Reads weights onto the device, quantised where the recipe says so; those of a new model are drawn from its seed."""
+    if source.seed is not None:
+        return build_network(source.config, source.seed).to(device)
     quantization = recipe.model.to_quantization_config(plan.dtype_name)
     try:
         network: nn.Module = AutoModelForCausalLM.from_pretrained(

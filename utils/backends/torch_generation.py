@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from utils.backends import GenerationSettings, ignore
 from utils.backends.torch_model import TorchModel, run_side_by_side
-from utils.batching import Batch
+from utils.batching import Batch, pad_prompts_left
 
 
 def make_generation_inputs(model: TorchModel, batch: Batch, settings: GenerationSettings) -> dict[str, Any]:
@@ -34,6 +34,9 @@ def generate(
     """New token ids of each row of left-padded batches, in order, up to and without the stop token."""
 
     def answer(batch: Batch) -> list[list[int]]:
+        if goes_beyond_context(model, batch.input_ids.shape[1], settings):
+            rows = (row[-length:].tolist() for row, length in zip(batch.input_ids, batch.lengths, strict=True))
+            return [list(slide(model, row, settings, answer_once)) for row in rows]
         output = model.network.generate(**make_generation_inputs(model, batch, settings))
         return [cut_at_stop(row, settings.stop_ids) for row in output[:, batch.input_ids.shape[1] :].tolist()]
 
@@ -41,6 +44,51 @@ def generate(
         # Workers would draw from one generator in whatever order they run: sampling keeps to one.
         model = replace(model, plan=replace(model.plan, workers=1))
     return [row for rows in run_side_by_side(model, answer, batches, on_batch) for row in rows]
+
+
+def goes_beyond_context(model: TorchModel, prompt_length: int, settings: GenerationSettings) -> bool:
+    """True if prompt and answer together are longer than the model's positions."""
+    positions = getattr(model.network.config, "max_position_embeddings", None)
+    return positions is not None and prompt_length + settings.generation.max_new_tokens > positions
+
+
+def answer_once(model: TorchModel, ids: list[int], settings: GenerationSettings) -> Iterator[int]:
+    """New token ids of one prompt that fits."""
+    output = model.network.generate(**make_generation_inputs(model, make_prompt(ids, settings), settings))
+    yield from cut_at_stop(output[0, len(ids) :].tolist(), settings.stop_ids)
+
+
+def make_prompt(ids: list[int], settings: GenerationSettings) -> Batch:
+    """One prompt as a batch."""
+    return pad_prompts_left([np.array(ids, dtype=np.int64)], settings.pad_id)
+
+
+def slide(
+    model: TorchModel,
+    ids: list[int],
+    settings: GenerationSettings,
+    answer: Callable[[TorchModel, list[int], GenerationSettings], Iterator[int]],
+) -> Iterator[int]:
+    """New token ids beyond the last position: when the context is nearly full, its second half is the new prompt.
+
+    Learned positions end there, and rotary ones were never trained beyond. A window that slides by one token would compute all
+    of it anew for each token.
+
+    Args:
+        answer: answers a prompt that fits.
+    """
+    positions, left = model.network.config.max_position_embeddings, settings.generation.max_new_tokens
+    while left > 0:
+        ids = ids if len(ids) <= positions * 3 // 4 else ids[-(positions // 2) :]
+        count = min(left, positions - len(ids))
+        part = replace(settings, generation=settings.generation.model_copy(update={"max_new_tokens": count}))
+        new = []
+        for token in answer(model, ids, part):
+            new.append(token)
+            yield token
+        if len(new) < count:
+            return
+        ids, left = ids + new, left - count
 
 
 def cut_at_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
@@ -68,7 +116,17 @@ class QueueStreamer(BaseStreamer):  # type: ignore[misc]  # transformers ships n
 
 def stream(model: TorchModel, batch: Batch, settings: GenerationSettings) -> Iterator[int]:
     """New token ids of a single prompt, one by one as they are sampled."""
+    ids = batch.input_ids[0].tolist()
+    if goes_beyond_context(model, len(ids), settings):
+        yield from slide(model, ids, settings, stream_once)
+    else:
+        yield from stream_once(model, ids, settings)
+
+
+def stream_once(model: TorchModel, ids: list[int], settings: GenerationSettings) -> Iterator[int]:
+    """New token ids of one prompt that fits, as they are sampled."""
     model.network.eval()
+    batch = make_prompt(ids, settings)
     streamer = QueueStreamer()
 
     def work() -> None:
