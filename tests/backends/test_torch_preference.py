@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import shutil
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,7 @@ from utils.backends.torch_step import TorchTrainStep
 from utils.batching import Batch, make_micro_batches, pad_rows, unroll_pairs
 from utils.exceptions import TrainingError
 from utils.methods.pairs import join_pair, mismatch_pair, split_pair
-from utils.methods.preference import PreferenceWatch, Scorer
+from utils.methods.preference import PreferenceWatch, ReferenceCache, Scorer
 from utils.model_source import ModelSource
 from utils.piece_encoder import EncodedExample
 
@@ -198,6 +199,27 @@ def test_scores_return_in_the_order_of_the_pairs_whatever_shares_a_forward_pass(
     for batch_size in (1, 2, 5):
         scorer = Scorer(cast(Backend, torch_backend), model, batch_size, PAD)
         np.testing.assert_allclose(scorer.score(pairs, "Scores"), alone, rtol=1e-5)
+
+
+def test_a_cache_that_is_emptied_while_the_reference_is_computed_loses_no_minutes(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Scoring took two minutes, and then the folder for its result was gone.
+    monkeypatch.setenv("TUNEBOOK_CACHE", str(tmp_path))
+    recipe = make_recipe(folders["llama"])
+    pairs = make_pairs(SHAPES)
+
+    class EmptyingScorer(Scorer):
+        def score(self, pairs: Any, title: str) -> Any:
+            shutil.rmtree(tmp_path / "tokens")
+            return super().score(pairs, title)
+
+    model = load(folders["llama"], recipe)
+    source = ModelSource(str(folders["llama"]), folders["llama"], {})
+    cache = ReferenceCache(source, recipe, "rows", ("cpu", "float32"))
+    kept = cache.open(EmptyingScorer(cast(Backend, torch_backend), model, 2, PAD), pairs, "training")
+    expected = score_pairs(model, make_micro_batches(pairs, 1, PAD))
+    np.testing.assert_allclose(np.sort(kept.ravel()), np.sort(expected.ravel()), rtol=1e-5)
 
 
 def test_an_answer_without_a_finite_log_probability_is_refused_with_its_row(folders: dict[str, Path]) -> None:

@@ -151,6 +151,7 @@ class ReferenceCache:
 
         def build(folder: Path) -> dict[str, Any]:
             scores = scorer.score(pairs, f"Reference, {name} pairs")
+            folder.mkdir(parents=True, exist_ok=True)  # scoring takes minutes, in which a cache may be emptied
             scores.astype("<f8").tofile(folder / FILE)
             return {"pairs": len(scores)}
 
