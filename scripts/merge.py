@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils import cli
-from utils.exceptions import RunError
+from utils.exceptions import AdapterError, RunError
 from utils.run_folder import find_run
 
 
@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.base == "dequantized" and loaded.recipe.model.quantization == "none":
         message = "--base dequantized is for runs on a quantised base, and this one has none"
         raise RunError(message, where=str(folder.path), fix="leave --base out", code="not-quantised")
+    if loaded.recipe.scratch:
+        message = "this run trained a new model: there is no base to merge with"
+        raise AdapterError(message, where=str(folder.path), fix=f"use {folder.model}", code="no-adapter")
     if target.exists():
         raise RunError("the folder exists already", where=str(target), fix="name another one with --out", code="exists")
 
