@@ -19,6 +19,7 @@ from utils.file_lines import read_utf8
 from utils.messages import is_encodable
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_SPLIT = re.compile(r"(?P<source>[\w.-]+/[\w.-]+)\[(?P<split>\w+)\]")  # as places of rows are written
 CHUNK = 1 << 20
 
 
@@ -67,6 +68,8 @@ def resolve_item(item: DataSource, where: str) -> list[RowSource]:
     """The sources that one entry names."""
     path = Path(item.source)
     if not find_out(path.exists, where):
+        if (named := HUB_SPLIT.fullmatch(item.source)) and is_hub_id(named["source"]):
+            return resolve_item(item.model_copy(update=named.groupdict()), where)
         if glob.has_magic(item.source):
             return expand_glob(item, where)
         if is_hub_id(item.source):

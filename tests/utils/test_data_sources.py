@@ -244,3 +244,11 @@ def test_two_columns_with_one_name_are_refused(tmp_path: Path, name: str) -> Non
     (source,) = find_sources(str(tmp_path / name), PLACE)
     with pytest.raises(DataError, match="two columns are called 'answer'"):
         list(iterate_rows(source, {}))
+
+
+def test_a_split_of_a_hub_dataset_may_be_named_as_places_of_rows_are_written() -> None:
+    (short,) = find_sources("lab/sums[test]", PLACE)
+    (long,) = find_sources(DataSource(source="lab/sums", split="test"), PLACE)
+    assert short.name == long.name == "lab/sums[test]"
+    assert short.hub is not None
+    assert (short.hub.source, short.hub.split) == ("lab/sums", "test")
