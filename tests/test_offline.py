@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,15 +40,24 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def make_environment(shim: Path, **environment: str) -> dict[str, str]:
+    """Variables that put the shim in front, and take back every offline switch but those given."""
+    switches = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "0")
+    return {
+        **switches,
+        "WANDB_MODE": "online",
+        "PYTHONPATH": str(shim),
+        "NETWORK_LOG": str(shim / "log.txt"),
+        **environment,
+    }
+
+
 def run(shim: Path, cwd: Path, *command: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a Python process without a network, with no offline switch but those given."""
-    switches = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_MODE")
-    kept = {key: value for key, value in os.environ.items() if key not in switches}
-    more = {"PYTHONPATH": str(shim), "NETWORK_LOG": str(shim / "log.txt"), **environment}
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
-        env={**kept, **more},
+        env={**os.environ, **make_environment(shim, **environment)},
         capture_output=True,
         text=True,
         timeout=280,
@@ -148,7 +158,13 @@ def test_a_model_of_which_only_the_config_is_cached_is_not_taken_for_whole(
     ids=["folder-offline", "hub-online"],
 )
 def test_no_script_tries_to_reach_a_host_when_the_model_is_here(
-    shim: Path, tiny_llama: Path, tmp_path: Path, is_hub_model: bool, switches: dict[str, str], scripts: int
+    shim: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    is_hub_model: bool,
+    switches: dict[str, str],
+    scripts: int,
+    run_together: Any,
 ) -> None:
     # peft#1452 and others: saving a checkpoint asked the hub about the base model, and offline runs crashed hours in.
     home = tmp_path / "home"
@@ -163,11 +179,10 @@ def test_no_script_tries_to_reach_a_host_when_the_model_is_here(
         ("merge", "--run", run_folder),
         ("evaluate_run", "--run", run_folder),
     )
-    for name, *arguments in commands[:scripts]:
-        script = ROOT / "scripts" / f"{name}.py"
-        done = run(shim, tmp_path, script, *arguments, HF_HOME=str(home), **switches)
+    environment = make_environment(shim, HF_HOME=str(home), **switches)
+    for (name, *_), done in zip(commands, run_together(commands[:scripts], tmp_path, environment), strict=False):
         assert done.returncode == 0, f"{name}: {done.stderr}"
-        assert take_log(shim) == "", name
+    assert take_log(shim) == ""
 
 
 def test_the_embedded_model_needs_no_network_and_no_switch(shim: Path, tmp_path: Path) -> None:

@@ -179,28 +179,36 @@ def test_evaluation_writes_a_report_with_intervals_and_a_verdict(finished: Path)
     assert report["verdict"].split(":")[0] in done.stdout
 
 
-def test_a_merged_model_answers_like_its_adapter_and_loads_in_transformers(finished: Path) -> None:
+def test_a_merged_model_answers_like_its_adapter_and_loads_in_transformers(finished: Path, run_together: Any) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     target = finished / "merged"
-    done = run_script("merge", "--out", target, cwd=finished)
+    prompts = finished / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Say 3"}\n{"messages": [{"role": "user", "content": "Say 4"}]}\n', encoding="utf-8")
+    of_run, of_merged = finished / "of_run.jsonl", finished / "of_merged.jsonl"
+    options = ("--set", "generation.max_new_tokens=4", "--prompts", prompts)
+    done, again, *asked, single = run_together(
+        [
+            ("merge", "--out", target),
+            ("merge", "--out", target),
+            ("infer", "--run", find_run(finished), "--prompts", prompts, "--out", of_run),
+            ("infer", "--model", target, *options, "--out", of_merged),
+            ("infer", "--prompt", "Say 3"),
+        ],
+        finished,
+    )
     assert done.returncode == 0, done.stderr
     assert "KL divergence" in done.stdout
+    assert again.returncode == 5
     tokenizer = AutoTokenizer.from_pretrained(target)
     assert "im_start" in tokenizer.chat_template
     assert AutoModelForCausalLM.from_pretrained(target).config.model_type == "llama"
     assert json.loads((target / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"] == [2]
-    assert run_script("merge", "--out", target, cwd=finished).returncode == 5
-    prompts = finished / "prompts.jsonl"
-    prompts.write_text('{"prompt": "Say 3"}\n{"messages": [{"role": "user", "content": "Say 4"}]}\n', encoding="utf-8")
     answers = []
-    for source in (("--run", find_run(finished)), ("--model", target, "--set", "generation.max_new_tokens=4")):
-        out = finished / "answers.jsonl"
-        done = run_script("infer", *source, "--prompts", prompts, "--out", out, cwd=finished)
-        assert done.returncode == 0, done.stderr
+    for infer, out in zip(asked, (of_run, of_merged), strict=True):
+        assert infer.returncode == 0, infer.stderr
         answers.append([json.loads(line)["answer"] for line in out.read_text(encoding="utf-8").splitlines()])
     assert answers[0] == answers[1]
-    single = run_script("infer", "--prompt", "Say 3", cwd=finished)
     assert single.returncode == 0, single.stderr
     assert single.stdout.strip() == answers[0][0].strip()
     assert "warn" not in single.stderr.lower()
@@ -272,7 +280,9 @@ def test_a_run_whose_numbers_are_not_finite_stops_and_says_failed(tiny_llama: Pa
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 
 
-def test_a_run_keeps_its_own_template_whatever_becomes_of_the_file(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_run_keeps_its_own_template_whatever_becomes_of_the_file(
+    tiny_llama: Path, tmp_path: Path, run_together: Any
+) -> None:
     template = tmp_path / "mine.jinja"
     template.write_text(TEMPLATE, encoding="utf-8")
     recipe = write_recipe(tmp_path, tiny_llama)
@@ -285,11 +295,10 @@ def test_a_run_keeps_its_own_template_whatever_becomes_of_the_file(tiny_llama: P
 
     template.unlink()
     merged = tmp_path / "merged"
-    done = run_script("merge", "--run", tmp_path / "run", "--out", merged, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    source = ("--run", tmp_path / "run")
+    for done in run_together([("merge", *source, "--out", merged), ("evaluate_run", *source)], tmp_path):
+        assert done.returncode == 0, done.stderr
     assert (merged / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
-    done = run_script("evaluate_run", "--run", tmp_path / "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
 
     saved.write_text(TEMPLATE.replace("<", "["), encoding="utf-8")
     done = run_script("infer", "--run", tmp_path / "run", "--prompt", "Hi", cwd=tmp_path)

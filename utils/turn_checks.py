@@ -61,8 +61,6 @@ def find_contents(answer: str, message: Message, index: int) -> int:
     else:  # a template may write the thinking block inside the content in its own way
         pieces += [("answer", piece) for piece in THINK_TAGS.split(content)]
     pieces += [("tool call", call["function"]["name"]) for call in message.get("tool_calls", ())]
-    for call in message.get("tool_calls", ()):
-        check_leaves(answer, call["function"]["arguments"], f"the arguments of a tool call of turn {index + 1}")
     end = 0
     for what, piece in pieces:
         piece = piece.strip()
@@ -71,6 +69,8 @@ def find_contents(answer: str, message: Message, index: int) -> int:
             text = f"the chat template hides or rewrites the {what} of turn {index + 1}"
             raise DataError(text, fix=OTHER if what == "answer" else SHOW, code="template-hides")
         end = start + len(piece)
+    for call in message.get("tool_calls", ()):
+        check_leaves(answer, call["function"]["arguments"], f"the arguments of a tool call of turn {index + 1}")
     return end
 
 

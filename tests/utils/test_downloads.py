@@ -401,7 +401,13 @@ def test_a_download_that_was_ended_goes_on_where_it_was(hub: Hub, tmp_path: Path
     hub.send = lambda request, content: send_range(request, content, pause=2.0)
     environment = make_environment(hub, tmp_path)
     running = subprocess.Popen(
-        make_command(("weights", "lab/good")), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        make_command(("weights", "lab/good")),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell lets what it starts in the background ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and not any(
