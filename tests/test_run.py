@@ -92,6 +92,14 @@ def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return work
 
 
+@pytest.fixture(scope="module")
+def followed_up(finished: Path, run_together: Any) -> tuple[Any, Any]:
+    """That run evaluated, and its recipe trained once more into `again`."""
+    again = ("train", "--recipe", finished / "tiny.yaml", "--run", finished / "again")
+    evaluated, repeated = run_together([("evaluate_run", "--run", find_run(finished)), again], finished)
+    return evaluated, repeated
+
+
 def find_run(work: Path) -> Path:
     """The run that the latest pointer names."""
     return Path((work / "outputs" / "latest").read_text(encoding="utf-8").strip())
@@ -145,9 +153,8 @@ def test_no_secret_reaches_the_run_folder_or_a_tracker(finished: Path) -> None:
             assert b"learning_rate" in content
 
 
-def test_the_same_recipe_gives_the_same_losses(finished: Path, tiny_llama: Path) -> None:
-    again = finished / "again"
-    done = run_script("train", "--recipe", finished / "tiny.yaml", "--run", again, cwd=finished)
+def test_the_same_recipe_gives_the_same_losses(finished: Path, followed_up: tuple[Any, Any]) -> None:
+    again, done = finished / "again", followed_up[1]
     assert done.returncode == 0, done.stderr
 
     def read_losses(run: Path) -> list[float]:
@@ -160,10 +167,10 @@ def test_the_same_recipe_gives_the_same_losses(finished: Path, tiny_llama: Path)
     assert (first / weights).read_bytes() == (again / weights).read_bytes()
 
 
-def test_evaluation_writes_a_report_with_intervals_and_a_verdict(finished: Path) -> None:
-    done = run_script("evaluate_run", cwd=finished)
+def test_evaluation_writes_a_report_with_intervals_and_a_verdict(finished: Path, followed_up: tuple[Any, Any]) -> None:
+    done = followed_up[0]
     assert done.returncode == 0, done.stderr
-    run = find_run(finished)
+    run = next(path for path in (finished / "outputs" / "tiny").iterdir() if path.is_dir())
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert report["verdict"].split(":")[0] in ("Better", "Worse", "No measurable change")
     assert set(report["metrics"]) == {"execution_accuracy", "exact_match", "loss", "perplexity"}
@@ -246,13 +253,34 @@ def test_a_signal_finishes_the_step_saves_and_says_so(tiny_llama: Path, tmp_path
     assert "Traceback" not in output
 
 
-def test_early_stopping_ends_a_run_that_no_longer_gains(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def unusual(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, run_together: Any) -> tuple[Path, Any, Any]:
+    """A run that gains nothing in `early`, and one of a broken model in `nan`."""
+    from safetensors.torch import load_file, save_file
+
+    work = tmp_path_factory.mktemp("unusual")
+    folders = [work / name for name in ("early", "nan", "broken")]
+    for folder in folders[:2]:
+        folder.mkdir()
+    shutil.copytree(tiny_llama, folders[2])
+    weights = load_file(folders[2] / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folders[2] / "model.safetensors", metadata={"format": "pt"})
     # A threshold that no evaluation can beat: the first counts as best, the next two as without gain.
     patience = {"early_stopping_patience": 2, "early_stopping_threshold": 50.0}
-    recipe = write_recipe(tmp_path, tiny_llama, max_steps=40, eval_every=1, **patience)
-    run = tmp_path / "run"
-    done = run_script("train", "--recipe", recipe, "--run", run, cwd=tmp_path)
+    early = write_recipe(folders[0], tiny_llama, max_steps=40, eval_every=1, **patience)
+    commands = [
+        ("train", "--recipe", recipe, "--run", folder / "run")
+        for recipe, folder in ((early, folders[0]), (write_recipe(folders[1], folders[2]), folders[1]))
+    ]
+    stopped, failed = run_together(commands, work)
+    return work, stopped, failed
+
+
+def test_early_stopping_ends_a_run_that_no_longer_gains(unusual: tuple[Path, Any, Any]) -> None:
+    work, done, _ = unusual
     assert done.returncode == 0, done.stderr
+    run = work / "early" / "run"
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert (facts["steps"], facts["best_step"]) == (3, 1)
     assert "no better held-out loss" in facts["stop_reason"]
@@ -260,16 +288,9 @@ def test_early_stopping_ends_a_run_that_no_longer_gains(tiny_llama: Path, tmp_pa
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == best.read_bytes()
 
 
-def test_a_run_whose_numbers_are_not_finite_stops_and_says_failed(tiny_llama: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny_llama, broken)
-    weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"][0] = float("nan")
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    run = tmp_path / "run"
-    done = run_script("train", "--recipe", write_recipe(tmp_path, broken), "--run", run, cwd=tmp_path)
+def test_a_run_whose_numbers_are_not_finite_stops_and_says_failed(unusual: tuple[Path, Any, Any]) -> None:
+    work, _, done = unusual
+    run = work / "nan" / "run"
     assert done.returncode == 5, done.stderr
     assert "error: step 1: loss nan" in done.stderr
     assert "Traceback" not in done.stderr

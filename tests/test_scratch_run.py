@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
@@ -54,6 +55,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
+@pytest.fixture(scope="module")
+def followed_up(finished: Path, run_together: Any) -> list[Any]:
+    """That run evaluated, its model folder asked, and its recipe trained once more into `again`."""
+    ask = ("infer", "--model", finished / "run" / "model", "--prompt", "the dog")
+    commands = [
+        ("evaluate_run", "--run", finished / "run"),
+        (*ask, "--set", "generation.max_new_tokens=20"),
+        ("train", "--recipe", finished / "tiny_llama.yaml", "--run", finished / "again"),
+    ]
+    found: list[Any] = run_together(commands, finished, {"TUNEBOOK_CACHE": str(finished / "cache")})
+    return found
+
+
 def test_a_new_model_learns_its_text(finished: Path) -> None:
     facts = json.loads((finished / "run" / "run.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -67,8 +81,8 @@ def test_a_new_model_learns_its_text(finished: Path) -> None:
     assert not [name for name in names if name.endswith((".bin", ".pkl", ".pt"))]
 
 
-def test_the_report_compares_the_random_model_with_the_trained_one(finished: Path) -> None:
-    done = run_script("evaluate_run", "--run", finished / "run", cwd=finished)
+def test_the_report_compares_the_random_model_with_the_trained_one(finished: Path, followed_up: list[Any]) -> None:
+    done = followed_up[0]
     assert done.returncode == 0, done.stderr
     report = json.loads((finished / "run" / "report.json").read_text(encoding="utf-8"))
     loss, perplexity = report["metrics"]["loss"], report["metrics"]["perplexity"]
@@ -99,11 +113,8 @@ def test_a_conversation_takes_each_prompt_by_itself_and_goes_on_after_an_unknown
     assert answers[1] == answers[3]
 
 
-def test_any_tool_loads_the_model_folder_and_infer_does_so_too(finished: Path) -> None:
-    folder = finished / "run" / "model"
-    asked = run_script(
-        *("infer", "--model", folder, "--prompt", "the dog", "--set", "generation.max_new_tokens=20"), cwd=finished
-    )
+def test_infer_loads_the_model_folder_alone(followed_up: list[Any]) -> None:
+    asked = followed_up[1]
     assert asked.returncode == 0, asked.stderr
     assert "ran to the sea" in asked.stdout
 
@@ -114,20 +125,21 @@ def test_merge_says_that_there_is_nothing_to_merge(finished: Path) -> None:
     assert str(finished / "run" / "model") in done.stderr
 
 
-def test_two_runs_give_equal_weights(finished: Path) -> None:
-    done = run_script("train", "--recipe", finished / "tiny_llama.yaml", "--run", finished / "again", cwd=finished)
+def test_two_runs_give_equal_weights(finished: Path, followed_up: list[Any]) -> None:
+    done = followed_up[2]
     assert done.returncode == 0, done.stderr
     first, second = (load_file(finished / name / "model" / "model.safetensors") for name in ("run", "again"))
     assert first.keys() == second.keys()
     assert all((first[key] == second[key]).all() for key in first)
 
 
-def test_gpt2_trains_and_answers_beyond_its_last_position(tmp_path: Path) -> None:
+def test_gpt2_trains_and_answers_beyond_its_last_position(tmp_path: Path, run_together: Any) -> None:
     # GPT-2 has an embedding for each position: without a sliding window the 65th token would be an IndexError.
-    done = run_script("train", "--recipe", write_recipe(tmp_path, "gpt2"), "--run", tmp_path / "run", cwd=tmp_path)
+    run = ("--run", tmp_path / "run")
+    train = ("train", "--recipe", write_recipe(tmp_path, "gpt2"), *run)
+    done, asked = run_together([train, ("infer", *run, "--prompt", "the cat")], tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["eval_loss"] < 0.5
-    asked = run_script("infer", "--run", tmp_path / "run", "--prompt", "the cat", cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr
     assert len(asked.stdout) >= 140
     assert "sat on the mat" in asked.stdout
