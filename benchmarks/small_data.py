@@ -312,11 +312,10 @@ def render(sets: Sequence[SmallSet], results: Sequence[dict[str, Any]], options:
     command = (
         f"python benchmarks/small_data.py --wikisql FILE --gsm8k FILE --rows {options.rows} --seeds {options.seeds}"
     )
-    minutes = sum(result["seconds"] for result in results) / 60
     lines = [
         "# Small data: adaptive, plain and gentle values",
         "",
-        f"Written by `{command} --write` on {time.strftime('%Y-%m-%d')}: {describe_machine()}; {minutes:.0f} minutes in all.",
+        f"Written by `{command} --write` on {time.strftime('%Y-%m-%d')}: {describe_machine()}.",
         "",
         f"SmolLM2-135M-Instruct with LoRA learns each task from {options.rows} rows, drawn anew for each seed",
         "from the shortest rows of the file. The recipe sets nothing but model, rows and `training.small_data`: `off` (plain),",
