@@ -290,7 +290,7 @@ class TrainingSection(Section):
     """How much lower a loss must be to count as better."""
     small_data: Literal["auto", "gentle", "off"] = "auto"
     """Under 200 training examples, fill keys that the recipe leaves out: auto takes more epochs, smaller batches and more
-    held-out rows; gentle takes older, milder numbers (see docs/results/small_data.md); off changes nothing."""
+    held-out rows; gentle takes older, milder numbers; off changes nothing."""
 
     @property
     def learns_pairs(self) -> bool:

@@ -1,7 +1,7 @@
 """Small sets: what `training.small_data` fills in for a recipe with fewer than 200 training examples.
 
 With 40 rows, three epochs of batches of 16 are nine optimizer steps: next to nothing is learned, and nothing says so. A rule
-never touches a value that the recipe sets, and each value that it fills in carries its reason. docs/results/small_data.md
+never touches a value that the recipe sets, and each value that it fills in carries its reason. `benchmarks/small_data.py`
 compares the rules.
 """
 
