@@ -398,7 +398,7 @@ def test_a_connection_that_breaks_off_is_opened_again_where_it_ended(hub: Hub, t
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_download_that_was_ended_goes_on_where_it_was(hub: Hub, tmp_path: Path, number: signal.Signals) -> None:
     # huggingface_hub 2.4 gives each attempt a file of its own and deletes it: 5 GB lost at every Ctrl-C.
-    hub.send = lambda request, content: send_range(request, content, pause=2.0)
+    hub.send = lambda request, content: send_range(request, content, pause=1.0)
     environment = make_environment(hub, tmp_path)
     running = subprocess.Popen(
         make_command(("weights", "lab/good")),
@@ -417,7 +417,7 @@ def test_a_download_that_was_ended_goes_on_where_it_was(hub: Hub, tmp_path: Path
     ended = time.monotonic()
     running.send_signal(number)
     running.communicate(timeout=20)
-    assert time.monotonic() - ended < 3
+    assert time.monotonic() - ended < 5  # a read or two of the server that sends half a megabyte a second
     hub.send, hub.ranges = None, []
     (folder,), _, log = call(hub, tmp_path, ("weights", "lab/good"))
     assert (Path(folder) / "model.safetensors").read_bytes() == WEIGHTS
