@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from utils.backends import load_backend
     from utils.merging import Trained, merge_run
     from utils.model_source import find_model
-    from utils.preflight import open_run_tokenizer
+    from utils.run_tokenizer import open_run_tokenizer
 
     source = find_model(loaded.recipe.model, loaded.find_origin("model.name"), with_weights=True)
     tokenizer = open_run_tokenizer(loaded, source, folder)

@@ -6,19 +6,16 @@ What is wrong is raised as soon as it is known, so a typo never waits for a down
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from config.model_families import find_family, find_family_by_name
 from config.recipe_io import LoadedRecipe
 from config.recipe_rules import find_cadence_violations
 from config.structured_config import Recipe
-from utils.added_tokens import add_tokens, find_added_ids
 from utils.backends import check_engine
-from utils.chat_templates import ChatTemplate, find_template
 from utils.data_formats import Example
-from utils.exceptions import DataError, Problem, RecipeError, RunError
+from utils.exceptions import DataError, Problem, RecipeError
 from utils.logging import get_logger
 from utils.machine import guess_device
 from utils.model_shape import find_positions, has_learned_positions
@@ -34,12 +31,13 @@ from utils.prepared_data import PreparedData, iterate_held_out, prepare_data
 from utils.resources import Resources, plan_resources, summarise_resources
 from utils.row_checks import RowScan, scan_rows
 from utils.rule_checks import Facts
-from utils.rules import find_problems
+from utils.rules import apply_rules
 from utils.run_folder import RunFolder
+from utils.run_tokenizer import open_run_tokenizer, open_tokenizer
 from utils.schedules import count_warmup_steps
 from utils.scratch import open_new_model, prepare_windows, scan_corpus, settle_recipe
 from utils.small_data import adapt_to_small_data
-from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
+from utils.tokenizer_utils import TokenizerUtils
 
 
 @dataclass(frozen=True)
@@ -188,21 +186,6 @@ def list_automatic_values(loaded: LoadedRecipe) -> dict[str, str]:
     return found
 
 
-def apply_rules(loaded: LoadedRecipe, facts: Facts) -> list[Problem]:
-    """Applies the table of rules to what is known so far.
-
-    Returns:
-        The warnings.
-
-    Raises:
-        RecipeError: all errors together.
-    """
-    problems = find_problems(facts, loaded.find_origin)
-    if errors := [problem for problem in problems if problem.severity == "error"]:
-        raise RecipeError.from_problems(errors)
-    return problems
-
-
 def collect_rule_facts(
     loaded: LoadedRecipe, source: ModelSource, data: PreparedData, resources: Resources, plan: RunPlan
 ) -> Facts:
@@ -239,64 +222,6 @@ def check_metrics(loaded: LoadedRecipe, scan: RowScan) -> None:
         if "execution_accuracy" in metrics and not isinstance(example.fields.get("database"), str):
             fix = 'add "database": an SQL script that creates and fills the tables, or remove the metric'
             raise DataError("execution_accuracy needs a `database` in each held-out row", where=example.where, fix=fix)
-
-
-def make_no_chat_error(loaded: LoadedRecipe, model: str) -> RecipeError:
-    """The way out for models that cannot chat."""
-    fix = "set data.strategy: standard, name a template in data.template, or choose an instruction-tuned model"
-    message = f"{model} has no chat template"
-    return RecipeError(message, where=loaded.find_origin("data.strategy"), fix=fix, code="no-chat-template")
-
-
-def open_tokenizer(loaded: LoadedRecipe, source: ModelSource, row_formats: Collection[str]) -> TokenizerUtils:
-    """Loads the tokenizer and puts the recipe's template and mask policy around it."""
-    data = loaded.recipe.data
-    tokenizer = load_tokenizer(source.folder)
-    if data.strategy == "chat" and data.template == "auto" and not tokenizer.chat_template:
-        raise make_no_chat_error(loaded, loaded.recipe.model.name)
-    if data.added_tokens:
-        own = tokenizer.chat_template
-        found = find_template(data.template, data.strategy, own, row_formats, loaded.find_origin("data.template"))
-        add_tokens(tokenizer, data.added_tokens, loaded.find_origin("data.added_tokens"), template=found.source)
-    return TokenizerUtils(
-        tokenizer,
-        template=data.template,
-        strategy=data.strategy,
-        loss_on=choose_loss_on(loaded.recipe),
-        system=data.system,
-        row_formats=row_formats,
-    )
-
-
-def open_run_tokenizer(loaded: LoadedRecipe, source: ModelSource, run: RunFolder) -> TokenizerUtils:
-    """The tokenizer of a finished run, with the template that was saved beside its weights.
-
-    Raises:
-        RunError: the saved template is not the one that was trained with.
-    """
-    data, folder = loaded.recipe.data, run.adapter if run.adapter.is_dir() else run.model
-    tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else source.folder)
-    template = ChatTemplate(f"saved in {folder}", str(tokenizer.chat_template or ""))
-    facts = run.read_facts()
-    if find_added_ids(tokenizer, data.added_tokens):
-        message = "the run's tokenizer lacks data.added_tokens"
-        raise RunError(message, where=str(folder), fix="restore tokenizer.json, or train again", code="tokens-lost")
-    if template.hash != facts.get("template_hash"):
-        message = "the saved chat template is not the one that the run was trained with"
-        fix = f"restore {folder / 'chat_template.jinja'}, or train again"
-        raise RunError(message, where=str(folder), fix=fix, code="template-changed")
-    return TokenizerUtils(
-        tokenizer,
-        template=template,
-        strategy=facts["strategy"],
-        loss_on=choose_loss_on(loaded.recipe),
-        system=data.system,
-    )
-
-
-def choose_loss_on(recipe: Recipe) -> Literal["assistant", "last", "all"]:
-    """What is learned of a row; of a pair it is the last answer, for there the two differ."""
-    return "last" if recipe.training.learns_pairs else recipe.data.loss_on
 
 
 def plan_run(recipe: Recipe, rows: int) -> RunPlan:

@@ -14,9 +14,9 @@ from utils.data_sources import find_sources
 from utils.exceptions import ModelLoadingError, Problem, RecipeError
 from utils.model_shape import find_positions, measure_shape
 from utils.model_source import ModelSource, find_model
-from utils.preflight import open_tokenizer
 from utils.prepared_data import iterate_held_out, prepare_data
 from utils.row_checks import RowScan, iterate_examples, scan_rows
+from utils.run_tokenizer import open_tokenizer
 from utils.tokenizer_utils import load_tokenizer
 
 MODEL_OPTION, DATA_OPTION = "--model", "--data"

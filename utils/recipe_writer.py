@@ -15,7 +15,7 @@ from config.recipe_io import LoadedRecipe, load_recipe
 from config.structured_config import Recipe
 from config.yaml_reader import RecipeDumper
 from utils.exceptions import RecipeError
-from utils.preflight import Preflight, apply_rules, check_recipe
+from utils.preflight import Preflight, check_recipe
 from utils.recipe_choices import (
     Line,
     Plan,
@@ -28,6 +28,7 @@ from utils.recipe_choices import (
 )
 from utils.recipe_facts import SEED, ModelFacts, count_tokens, find_origin, inspect_model, inspect_rows
 from utils.rule_checks import Facts, show_count
+from utils.rules import apply_rules
 
 COMMENT_COLUMN = 28  # as in the shipped recipes
 SAME_FOR_ALL = ("train", "data", "rows")  # names of files that say nothing; their folder does

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from config.recipe_io import LoadedRecipe
 from config.structured_config import Recipe
-from utils.exceptions import Problem
+from utils.exceptions import Problem, RecipeError
 from utils.rule_checks import (
     Facts,
     find_8bit_elsewhere,
@@ -245,3 +246,18 @@ def find_problems(facts: Facts, find_origin: Callable[[str], str]) -> list[Probl
             fix = rule.fix if isinstance(rule.fix, str) else rule.fix(facts)
             found.append(Problem(rule.code, message, find_origin(rule.key), fix, rule.severity))
     return sorted(found, key=lambda problem: problem.severity == "warning")
+
+
+def apply_rules(loaded: LoadedRecipe, facts: Facts) -> list[Problem]:
+    """Applies the table of rules to what is known so far.
+
+    Returns:
+        The warnings.
+
+    Raises:
+        RecipeError: all errors together.
+    """
+    problems = find_problems(facts, loaded.find_origin)
+    if errors := [problem for problem in problems if problem.severity == "error"]:
+        raise RecipeError.from_problems(errors)
+    return problems

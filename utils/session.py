@@ -16,8 +16,8 @@ from utils.exceptions import DataError
 from utils.inference import Ids, Responder, make_settings
 from utils.messages import Message, check_message, check_text
 from utils.model_source import ModelSource, find_model
-from utils.preflight import open_run_tokenizer
 from utils.run_folder import RunFolder
+from utils.run_tokenizer import open_run_tokenizer
 from utils.seed_manager import SeedManager
 from utils.tokenizer_training import refuse_unknown_characters
 from utils.tokenizer_utils import TokenizerUtils, load_tokenizer

@@ -13,8 +13,8 @@ from utils.added_tokens import add_tokens, find_added_ids
 from utils.data_formats import Example
 from utils.exceptions import DataError, RecipeError
 from utils.model_source import ModelSource
-from utils.preflight import open_tokenizer
 from utils.prepared_data import make_key
+from utils.run_tokenizer import open_tokenizer
 from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
 
 

@@ -52,8 +52,7 @@ def run_side_by_side(
             for batch, result in zip(batches, pool.map(work_without_gradients, batches), strict=True):
                 results.append(result)
                 on_batch(len(batch.lengths))
-        except BaseException:
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not wait for everything that is queued
-            raise
     refuse_repacked(model.network)
     return results

@@ -37,41 +37,8 @@ YOUNG_STEPS = 20
 SMALLEST_MARGIN = 1e-3
 
 
-class ReferencedPairs(Sequence[EncodedExample]):
-    """Pairs with the reference's log-probabilities, and under KTO with mismatched answers."""
-
-    def __init__(self, pairs: Pairs, reference: Scores | None, mismatched_reference: Scores | None) -> None:
-        """Takes pairs and, each of shape (pairs, 2), what the reference gives to their own and to mismatched answers."""
-        self.pairs = pairs
-        self.reference = reference
-        self.mismatched_reference = mismatched_reference
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    @overload
-    def __getitem__(self, index: int) -> EncodedExample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[EncodedExample]: ...
-    def __getitem__(self, index: int | slice) -> EncodedExample | list[EncodedExample]:
-        if isinstance(index, slice):
-            return [self[position] for position in range(len(self))[index]]
-        pair = self.pairs[index]
-        if self.reference is not None:
-            pair = replace(pair, reference=tuple(self.reference[index].tolist()))
-        if self.mismatched_reference is None:
-            return pair
-        reference = tuple(self.mismatched_reference[index].tolist())
-        return replace(pair, mismatched=replace(make_mismatched(self.pairs, index), reference=reference))
-
-
-def make_mismatched(pairs: Pairs, index: int) -> EncodedExample:
-    """A pair's prompt with the answers of the pair before it; of the first with those of the last."""
-    return mismatch_pair(pairs[index], pairs[index - 1])
-
-
-class MismatchedPairs(Sequence[EncodedExample]):
-    """Every prompt of a set with the answers of another row."""
+class DerivedPairs(Sequence[EncodedExample]):
+    """Pairs that are made from others when they are asked for."""
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
@@ -85,8 +52,40 @@ class MismatchedPairs(Sequence[EncodedExample]):
     def __getitem__(self, index: slice) -> list[EncodedExample]: ...
     def __getitem__(self, index: int | slice) -> EncodedExample | list[EncodedExample]:
         if isinstance(index, slice):
-            return [self[position] for position in range(len(self))[index]]
-        return make_mismatched(self.pairs, index)
+            return [self.derive(position) for position in range(len(self))[index]]
+        return self.derive(index)
+
+    def derive(self, index: int) -> EncodedExample:
+        """The pair at an index."""
+        raise NotImplementedError
+
+
+class MismatchedPairs(DerivedPairs):
+    """Every prompt of a set with the answers of the pair before it; the first with those of the last."""
+
+    def derive(self, index: int) -> EncodedExample:
+        """A pair's prompt with another's answers."""
+        return mismatch_pair(self.pairs[index], self.pairs[index - 1])
+
+
+class ReferencedPairs(DerivedPairs):
+    """Pairs with the reference's log-probabilities, and under KTO with mismatched answers."""
+
+    def __init__(self, pairs: Pairs, reference: Scores | None, mismatched_reference: Scores | None) -> None:
+        """Takes pairs and, each of shape (pairs, 2), what the reference gives to their own and to mismatched answers."""
+        super().__init__(pairs)
+        self.reference = reference
+        self.mismatched_reference = mismatched_reference
+
+    def derive(self, index: int) -> EncodedExample:
+        """The pair with what is known of it."""
+        pair = self.pairs[index]
+        if self.reference is not None:
+            pair = replace(pair, reference=tuple(self.reference[index].tolist()))
+        if self.mismatched_reference is None:
+            return pair
+        reference = tuple(self.mismatched_reference[index].tolist())
+        return replace(pair, mismatched=replace(MismatchedPairs(self.pairs)[index], reference=reference))
 
 
 @dataclass(frozen=True)
