@@ -126,6 +126,8 @@ LEARNING_RATES: tuple[LearningRates, ...] = (
 )
 # ORPO's loss is the supervised one with a preference term beside it (arXiv 2403.07691, section 4), so its rates are too.
 SUPERVISED_METHODS, PREFERENCE_METHODS = ("sft", "orpo"), ("dpo", "kto")
+# Reward models: a quarter of the supervised rates, which are then those of TRL's examples for 0.5B (1e-4 with adapters).
+REWARD_SHARE = 0.25
 
 
 def find_family(model_type: str | None) -> ModelFamily | None:
@@ -172,6 +174,8 @@ def find_learning_rate(parameters: float, family: ModelFamily | None, method: st
     row = next(row for row in LEARNING_RATES if parameters <= row.max_parameters)
     if method in PREFERENCE_METHODS:
         return row.lora_preference if with_lora else row.full_preference
+    if method == "reward":
+        return REWARD_SHARE * (row.lora if with_lora else row.full)
     if method not in SUPERVISED_METHODS:
         return None
     if not with_lora:

@@ -155,6 +155,8 @@ def format_resolved(loaded: LoadedRecipe) -> str:
             continue
         if name in PAIR_METHODS and value is None:
             continue  # the section of another method
+        if name == "generation" and loaded.recipe.reward:
+            continue  # such a model writes no answers
         if name == "scratch" and value is None:
             continue  # a pretrained model
         if not isinstance(value, dict):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 PAIR_METRICS: tuple[MetricName, ...] = ("preference_accuracy", "preference_accuracy_per_token", "reward_accuracy")
+REWARD_METRICS: tuple[MetricName, ...] = ("preference_accuracy",)  # a reward model predicts no tokens
 
 
 class RuleViolation(NamedTuple):
@@ -79,7 +80,12 @@ def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
 def find_preference_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     """Yields what cannot stand beside a method that learns from pairs, and what only such a method can have."""
     training, method = recipe.training, recipe.training.method
-    for name, section in (("dpo", recipe.dpo), ("kto", recipe.kto), ("orpo", recipe.orpo)):
+    for name, section in (
+        ("dpo", recipe.dpo),
+        ("kto", recipe.kto),
+        ("orpo", recipe.orpo),
+        ("reward", recipe.reward),
+    ):
         if section is not None and method != name:
             message = f"the section {name} does nothing under method {method}"
             yield RuleViolation((name,), message, f"remove it, or set training.method: {name}")
@@ -89,6 +95,7 @@ def find_preference_violations(recipe: Recipe) -> Iterator[RuleViolation]:
                 message = f"{name} compares the two answers of a pair, and method {method} has no pairs"
                 yield RuleViolation(("evaluation", "metrics"), message, "remove it, or set training.method: dpo")
         return
+    yield from find_reward_violations(recipe)
     if recipe.orpo is not None and "reward_accuracy" in recipe.evaluation.metrics:
         message = (
             "reward_accuracy compares with the untouched model, and orpo learns without one: by the token, not the sum"
@@ -116,6 +123,29 @@ def find_preference_violations(recipe: Recipe) -> Iterator[RuleViolation]:
         if dpo.reference == "adapter_off" and recipe.lora is not None and recipe.lora.variant == "pissa":
             message = "pissa takes a part out of the base, so without its adapter the base is no longer the reference"
             yield RuleViolation(("dpo", "reference"), message, "set reference: precomputed, or lora.variant: lora")
+
+
+def find_reward_violations(recipe: Recipe) -> Iterator[RuleViolation]:
+    """Yields what a model that writes nothing cannot do."""
+    if recipe.training.method != "reward":
+        return
+    for name in recipe.evaluation.metrics:
+        if name not in REWARD_METRICS:
+            message = f"{name} looks at predicted tokens, and a reward model predicts none"
+            yield RuleViolation(("evaluation", "metrics"), message, f"set metrics: [{', '.join(REWARD_METRICS)}]")
+    if "generation" in recipe.model_fields_set:
+        message = "the section generation does nothing under method reward: such a model writes no answers"
+        yield RuleViolation(("generation",), message, "remove it")
+    lora = recipe.lora
+    for key, names in (
+        (("target_modules", lora.target_modules), ("modules_to_save", lora.modules_to_save)) if lora else ()
+    ):
+        if "lm_head" in names:
+            message = "a reward model has no lm_head: its head is called score, and is always trained and saved"
+            yield RuleViolation(("lora", key), message, "remove lm_head")
+    if recipe.data.added_tokens:
+        message = "added tokens are built for models that predict them, and a reward model predicts none"
+        yield RuleViolation(("data", "added_tokens"), message, "remove it")
 
 
 def find_cadence_violations(training: TrainingSection, total_steps: int) -> Iterator[RuleViolation]:

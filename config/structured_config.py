@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from config.recipe_rules import RecipeRuleError, find_rule_violations
+from config.recipe_rules import REWARD_METRICS, RecipeRuleError, find_rule_violations
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -33,7 +33,7 @@ MetricName = Literal[
     "reward_accuracy",
 ]
 # Methods that learn from pairs of answers; each has a section of its name.
-PAIR_METHODS = ("dpo", "kto", "orpo")
+PAIR_METHODS = ("dpo", "kto", "orpo", "reward")
 
 
 class Section(BaseModel):
@@ -222,13 +222,17 @@ class LoraSection(Section):
     plus_ratio: Annotated[float, Field(ge=1.0, le=256.0)] | None = None
     """LoRA+ (arXiv 2402.12354): the B matrices learn this many times faster than the A matrices; null trains both alike."""
 
-    def to_peft_config(self) -> LoraConfig:
-        """Builds the peft adapter configuration for a causal language model."""
+    def to_peft_config(self, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM") -> LoraConfig:
+        """Builds the peft adapter configuration.
+
+        Args:
+            task: CAUSAL_LM for a language model, SEQ_CLS for a reward model.
+        """
         from peft import LoraConfig
 
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         return LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=task,
             r=self.r,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
@@ -244,9 +248,10 @@ class LoraSection(Section):
 class TrainingSection(Section):
     """How the model is trained."""
 
-    method: Literal["sft", "dpo", "kto", "orpo"]
+    method: Literal["sft", "dpo", "kto", "orpo", "reward"]
     """sft: supervised fine-tuning on the tokens that `data.loss_on` names. dpo, kto, orpo: learning from pairs of a chosen
-    and a rejected answer; each is set in the section of its name, and learns the last answer of a conversation."""
+    and a rejected answer; each is set in the section of its name, and learns the last answer of a conversation. reward: a
+    model that scores answers instead of writing them, from the same pairs."""
     engine: Literal["tunebook", "trl"] = "tunebook"
     """Who takes the steps: Tunebook's own loop, or TRL's trainer on the same tokens, masks and order, for comparison."""
     epochs: Annotated[float, Field(gt=0.0, le=1000.0)] = 3.0
@@ -331,6 +336,14 @@ class OrpoSection(Section):
     """Weight of the odds ratio beside the likelihood of the chosen answer; the paper's lambda."""
 
 
+class RewardSection(Section):
+    """A reward model (arXiv 1706.03741; in the form of arXiv 2203.02155), for `training.method: reward`."""
+
+    center_coefficient: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    """Weight of the squared sum of a pair's two rewards, which keeps rewards around 0 (arXiv 2312.09244, equation 2); useful
+    values are about 0.01."""
+
+
 class GenerationSection(Section):
     """How answers are sampled in inference and evaluation."""
 
@@ -375,7 +388,8 @@ class EvaluationSection(Section):
     """loss and perplexity on the reference answers (the chosen ones of pairs); exact_match and execution_accuracy on generated
     ones. Of pairs: preference_accuracy, the share in which the model finds the chosen answer likelier;
     preference_accuracy_per_token, the same by the mean over an answer's tokens, so that length plays no part;
-    reward_accuracy, the share in which training raised the chosen answer's log-probability more than the rejected one's."""
+    reward_accuracy, the share in which training raised the chosen answer's log-probability more than the rejected one's.
+    Method reward has preference_accuracy alone, the share in which the chosen answer is scored higher."""
     max_examples: Annotated[int, Field(ge=1)] | None = None
     """Held-out rows to use, the first ones; null uses all."""
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
@@ -412,6 +426,7 @@ class Recipe(Section):
     dpo: DpoSection | None = None
     kto: KtoSection | None = None
     orpo: OrpoSection | None = None
+    reward: RewardSection | None = None
     generation: GenerationSection = GenerationSection()
     evaluation: EvaluationSection = EvaluationSection()
     tracking: TrackingSection = TrackingSection()
@@ -419,11 +434,16 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def add_method_section(cls, values: Any) -> Any:
-        """A method's section may be left out; its defaults then stand in the recipe like any others."""
+        """A method's section may be left out; its defaults then stand in the recipe like any others.
+
+        A reward model has a metric of its own by default, because it predicts no tokens.
+        """
         training = values.get("training") if isinstance(values, dict) else None
         method = training.get("method") if isinstance(training, dict) else None
         if method in PAIR_METHODS and method not in values:
-            return {**values, method: {}}
+            values = {**values, method: {}}
+        if method == "reward" and isinstance(evaluation := values.get("evaluation", {}), dict):
+            return {**values, "evaluation": {"metrics": list(REWARD_METRICS), **evaluation}}
         return values
 
     @model_validator(mode="after")

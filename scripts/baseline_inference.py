@@ -15,6 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from config.recipe_io import load_recipe
 from utils import cli
+from utils.exceptions import RecipeError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", type=int, default=3, metavar="N", help="answers to print (default: 3)")
     options = parser.parse_args(arguments)
     loaded = load_recipe(options.recipe, options.overrides)
+    if loaded.recipe.reward:
+        message, fix = "a reward model writes no answers", "train it: scripts/evaluate_run.py measures before and after"
+        raise RecipeError(message, where=loaded.find_origin("training.method"), fix=fix, code="no-answers")
 
     from utils.backends import load_backend
     from utils.inference import Responder, encode_prompts, make_settings

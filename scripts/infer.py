@@ -6,7 +6,7 @@
     python scripts/infer.py --model embedded/smollm2-135m-instruct --prompt "What is the capital of France?"
 
 Without --run or --model the latest run answers. Without a prompt a conversation starts: /reset forgets it, /exit ends it.
-In --prompt, \\n is a line break.
+In --prompt, \\n is a line break. A reward model (method: reward) scores the answers of --prompts instead of writing some.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from config.recipe_io import load_recipe
 from utils import cli
+from utils.exceptions import RunError
 from utils.run_folder import find_run
 
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which.add_argument("--model", metavar="NAME", help="a plain model instead: folder, hub id or embedded/<name>")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="one prompt; the answer is streamed")
-    what.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL (prompt or messages) or one prompt a line")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="rows (prompt or messages), or one prompt a line")
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --prompts: write JSONL here instead of printing")
     cli.add_override_argument(parser, "override a value of the run's recipe, such as generation.temperature=0.7")
     options = parser.parse_args(arguments)
@@ -40,13 +41,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = None if options.model else find_run(options.run)
     loaded = load_recipe(folder.recipe_file, options.overrides) if folder else None
 
-    from utils.session import open_model, open_run, read_prompts
+    from utils.scoring import read_answers
+    from utils.session import judges_answers, load_plain, load_run, read_prompts
 
-    conversations = read_prompts(options.prompts) if options.prompts else []
+    judges = loaded.recipe.reward is not None if loaded else judges_answers(options.model)
+    if judges and not options.prompts:
+        message = "a reward model scores answers, and writes none"
+        fix = "name rows that hold answers with --prompts: messages, prompt and completion, or chosen and rejected"
+        raise RunError(message, where=options.model or str(folder and folder.path), fix=fix, code="no-answers")
+    answers = read_answers(options.prompts) if judges else []
+    conversations = read_prompts(options.prompts) if options.prompts and not judges else []
     if folder and loaded:
-        session = open_run(folder, loaded)
+        opened = load_run(folder, loaded)
     else:
-        session = open_model(options.model, cli.read_generation(options.overrides))
+        opened = load_plain(options.model, cli.read_generation(options.overrides))
+    if judges:
+        rewards = zip(answers, opened.open_judge().score(answers), strict=True)
+        lines = [json.dumps({"messages": row.messages, "reward": found}, ensure_ascii=False) for row, found in rewards]
+        cli.write_lines(lines, options.out)
+        return 0
+    session = opened.open_session()
     if options.prompt is not None:
         cli.print_stream(session.stream([{"role": "user", "content": options.prompt.replace("\\n", "\n")}]))
     elif options.prompts:

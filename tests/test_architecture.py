@@ -27,6 +27,7 @@ SECTION_OWNERS = {
     "DpoSection": {"dpo"},
     "KtoSection": {"kto"},
     "OrpoSection": {"orpo"},
+    "RewardSection": {"reward"},
     "GenerationSection": {"generation"},
     "EvaluationSection": {"evaluation"},
     "TrackingSection": {"tracking"},

@@ -146,6 +146,15 @@ def test_pairs_are_for_a_method_that_learns_from_them(tmp_path: Path, embedded: 
     assert "preference_accuracy" in recipe.evaluation.metrics
 
 
+@pytest.mark.parametrize("method", ["kto", "orpo", "reward"])
+def test_every_method_for_pairs_gets_a_recipe_that_is_valid(tmp_path: Path, embedded: ModelSource, method: str) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS["preference"])
+    recipe = make_recipe(tmp_path, rows, "--method", method).recipe
+    assert recipe.training.method == method
+    assert all("accuracy" in name or name == "loss" for name in recipe.evaluation.metrics)
+    assert recipe.model_fields_set >= {method}
+
+
 def test_a_method_for_pairs_refuses_rows_with_one_answer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="learns from a chosen and a rejected answer"):
         make_recipe(tmp_path, write_rows(tmp_path / "rows.jsonl", ROWS["messages"]), "--method", "dpo")

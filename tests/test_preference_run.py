@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from scripts import evaluate_run, train
-from utils.exceptions import DataError, RecipeError
+from scripts import baseline_inference, evaluate_run, infer, merge, train
+from utils.exceptions import DataError, RecipeError, RunError
 
 pytestmark = pytest.mark.slow
 NUMBERS = ("margin", "accuracy", "chosen_reward", "rejected_reward")
@@ -94,6 +95,52 @@ def test_a_second_run_finds_the_reference_on_disk_and_repeats_every_number(tmp_p
     first, second = (read_metrics(tmp_path / name) for name in ("first", "second"))
     for one, other in zip(first[0] + first[1], second[0] + second[1], strict=True):
         assert {**one, "tokens_per_second": 0} == {**other, "tokens_per_second": 0}
+
+
+def test_a_reward_model_learns_to_tell_answers_apart_and_scores_the_same_wherever_it_is_loaded(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, "reward", evaluation={"metrics": ["preference_accuracy"]})
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    assert train.main(["--recipe", str(recipe), "--run", str(run)]) == 0
+    steps, evaluations = read_metrics(run)
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=5e-7)
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] < math.log(2)
+    assert evaluate_run.main(["--run", str(run)]) == 0
+    metrics = json.loads((run / "report.json").read_text(encoding="utf-8"))["metrics"]
+    assert metrics["preference_accuracy"]["base"] == 0.5  # a new head has no opinion
+    assert metrics["preference_accuracy"]["tuned"] > 0.9
+
+    assert merge.main(["--run", str(run), "--out", str(merged)]) == 0
+    found = {}
+    for name, options in (("run", ["--run", str(run)]), ("merged", ["--model", str(merged)])):
+        out = tmp_path / f"{name}.jsonl"
+        assert infer.main([*options, "--prompts", str(tmp_path / "pairs.jsonl"), "--out", str(out)]) == 0
+        found[name] = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert len(found["run"]) == 40
+    assert [row["messages"] for row in found["run"]] == [row["messages"] for row in found["merged"]]
+    rewards = [row["reward"] for row in found["run"]]
+    assert [row["reward"] for row in found["merged"]] == pytest.approx(rewards, rel=1e-4)
+    assert sum(chosen > rejected for chosen, rejected in zip(rewards[::2], rewards[1::2], strict=True)) > 18
+
+    # What users have: transformers, its tokenizer and the saved template.
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    network = AutoModelForSequenceClassification.from_pretrained(merged, dtype="float32").eval()
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in found["run"]]
+    given = network(**tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)).logits[:, 0]
+    assert given.tolist() == pytest.approx(rewards, rel=1e-4)
+
+
+def test_a_reward_model_refuses_to_write(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, "reward", evaluation={"metrics": ["preference_accuracy"]})
+    assert train.main(["--recipe", str(recipe), "--run", str(tmp_path / "run"), "--set", "training.max_steps=3"]) == 0
+    with pytest.raises(RunError, match="scores answers, and writes none"):
+        infer.main(["--run", str(tmp_path / "run"), "--prompt", "hi"])
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="no answer to score"):
+        infer.main(["--run", str(tmp_path / "run"), "--prompts", str(tmp_path / "text.jsonl")])
+    with pytest.raises(RecipeError, match="writes no answers"):
+        baseline_inference.main(["--recipe", str(recipe)])
 
 
 def test_all_weights_can_be_trained_on_pairs(tmp_path: Path, tiny_llama: Path) -> None:

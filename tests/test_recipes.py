@@ -170,12 +170,14 @@ def test_the_learning_rate_is_that_of_the_table_or_measured(path: Path) -> None:
     family, pairs = find_family_of(recipe), recipe.training.method in ("dpo", "kto")
     assert family is not None
     if recipe.lora and not pairs:
+        share = 0.25 if recipe.training.method == "reward" else 1
         _, rates, exceptions = next(row for row in LORA_RATES if billions <= row[0])
         rates = exceptions.get(family.name, rates)
     else:
+        share = 1
         table = (LORA_PAIR_RATES if recipe.lora else FULL_PAIR_RATES) if pairs else FULL_RATES
         _, rates = next(row for row in table if billions <= row[0])
-    assert recipe.training.learning_rate in rates
+    assert recipe.training.learning_rate in [share * rate for rate in rates]
 
 
 @EVERY_RECIPE
@@ -305,7 +307,12 @@ def test_the_recipe_runs_end_to_end_on_a_small_model_of_its_architecture(
     vocabulary = build_small_model(recipe, family, embedded.folder, tmp_path / "model")
     run = tmp_path / "run"
     overrides = [f"model.name={tmp_path / 'model'}", *write_rows(recipe, path.stem, tmp_path), "training.epochs=1"]
-    overrides += [f"training.batch_size={BATCH_SIZE}", "generation.max_new_tokens=4", "evaluation.samples=1"]
+    overrides += [f"training.batch_size={BATCH_SIZE}", "evaluation.samples=1"]
+    question, length = ["--prompt", "Who are you?"], ["--set", "generation.max_new_tokens=2"]
+    if recipe.reward:
+        question, length = ["--prompts", tmp_path / "eval.jsonl"], []
+    else:
+        overrides += ["generation.max_new_tokens=4"]
     arguments = ["--recipe", path, *(word for override in overrides for word in ("--set", override))]
     run_main("validate", *arguments)
     run_main("train", *arguments, "--run", run)
@@ -318,13 +325,13 @@ def test_the_recipe_runs_end_to_end_on_a_small_model_of_its_architecture(
     run_main("evaluate_run", "--run", run)
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert set(report["metrics"]) == set(recipe.evaluation.metrics)
-    run_main("infer", "--run", run, "--prompt", "Who are you?")
+    run_main("infer", "--run", run, *question)
     finished = run / "model"
     if recipe.lora:
         finished = tmp_path / "merged"
         run_main("merge", "--run", run, "--out", finished)
     assert list(finished.glob("*.safetensors"))
-    run_main("infer", "--model", finished, "--prompt", "Who are you?", "--set", "generation.max_new_tokens=2")
+    run_main("infer", "--model", finished, *question, *length)
 
 
 def check_run(run: Path, recipe: Recipe, vocabulary: int, name: str) -> None:
@@ -344,7 +351,7 @@ def check_run(run: Path, recipe: Recipe, vocabulary: int, name: str) -> None:
             assert facts["supervised_tokens"] >= facts["tokens"] - 2 * TRAINING_ROWS
         else:
             assert 0 < facts["supervised_tokens"] < facts["tokens"] / 2
-    elif recipe.training.method == "dpo":
+    elif recipe.training.method in ("dpo", "reward"):
         assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert all(math.isfinite(row["loss"]) and 0 < row["grad_norm"] < math.inf for row in steps)
     assert all(math.isfinite(row["eval_loss"]) for row in evaluations)
@@ -359,12 +366,14 @@ def check_adapter(folder: Path, targets: set[str], rank: int) -> None:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     halves = Counter()
     for key, tensor in tensors.items():
+        assert torch.isfinite(tensor).all()
+        assert tensor.abs().sum() > 0, f"{key} was never trained"
         parts = key.split(".")
+        if parts[-2] == "score":
+            continue  # the head of a reward model is trained whole
         half = next(part for part in parts if part.startswith("lora_"))
         halves[parts[parts.index(half) - 1], half] += 1
         assert rank in tensor.shape
-        assert torch.isfinite(tensor).all()
-        assert tensor.abs().sum() > 0, f"{key} was never trained"
     per_layer = {target: 2 if target == "c_proj" else 1 for target in targets}  # GPT-2: attention and MLP have a c_proj
     assert halves == {
         (target, half): LAYERS * count for target, count in per_layer.items() for half in ("lora_A", "lora_B")

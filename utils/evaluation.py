@@ -155,7 +155,8 @@ def measure(
     if recipe.training.learns_pairs:
         held_out = preflight.data.evaluation
         pairs = make_scorer(backend, model, preflight).score(held_out, f"Held-out pairs, {who} model")
-        losses = list(zip((-pairs[:, 0]).tolist(), count_answers(held_out)[:, 0].tolist(), strict=True))
+        if recipe.reward is None:
+            losses = list(zip((-pairs[:, 0]).tolist(), count_answers(held_out)[:, 0].tolist(), strict=True))
     elif any(name in LOWER_IS_BETTER for name in metrics):
         losses = measure_losses(backend, model, preflight, size, f"Held-out loss of the {who} model")
     answers: list[str] = []

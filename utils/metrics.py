@@ -24,7 +24,7 @@ TITLES: dict[MetricName, str] = {
     "perplexity": "held-out perplexity",
     "exact_match": "exact match",
     "execution_accuracy": "execution accuracy",
-    "preference_accuracy": "preference accuracy (chosen answer likelier)",
+    "preference_accuracy": "preference accuracy (chosen answer preferred)",
     "preference_accuracy_per_token": "preference accuracy per token",
     "reward_accuracy": "reward accuracy (50 % before, by definition)",
 }

@@ -50,6 +50,12 @@ class ModelSource:
         return str(self.config.get("model_type", ""))
 
     @property
+    def is_reward(self) -> bool:
+        """True for a model that ends in one number instead of a vocabulary."""
+        names = self.config.get("architectures")
+        return isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
+
+    @property
     def family(self) -> ModelFamily | None:
         """Its row in the family table, if it has one."""
         return find_family(self.model_type)

@@ -113,7 +113,9 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     where, adapter_where = loaded.find_origin("model.name"), loaded.find_origin("model.adapter")
     source = find_model(recipe.model, where, with_weights=False, adapter_where=adapter_where)
     modules = tuple(list_linear_modules(source))
-    apply_rules(loaded, Facts(recipe, source.family, modules=modules, whole_modules=tuple(list_modules(source))))
+    wholes = tuple(list_modules(source))
+    facts = Facts(recipe, source.family, modules=modules, whole_modules=wholes, is_reward=source.is_reward)
+    apply_rules(loaded, facts)
     row_formats = {*scan.formats, *scan.features}
     tokenizer = open_run_tokenizer(loaded, source, run) if run else open_tokenizer(loaded, source, row_formats)
     data = prepare_data(loaded, scan, tokenizer)

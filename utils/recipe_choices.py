@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from config.model_families import find_learning_rate
-from config.structured_config import MetricName, Recipe, TrainingSection
+from config.structured_config import TrainingSection
 from utils.exceptions import DataError
 from utils.rule_checks import show_count
 
@@ -40,6 +40,19 @@ class Line(NamedTuple):
     key: str
     value: Any
     why: str = ""
+
+
+# What the section of a method says, and why.
+METHOD_LINES = {
+    **dict.fromkeys(("dpo", "kto"), Line("beta", 0.1, "the usual one: larger stays closer to the untouched model")),
+    "orpo": Line("beta", 0.1, "the usual weight of the preference beside the likelihood of the chosen answer"),
+    "reward": Line("center_coefficient", 0.01, "holds rewards around 0: differences alone leave their level open"),
+}
+METHOD_METRICS = {
+    **dict.fromkeys(("dpo", "kto"), ("preference_accuracy", "reward_accuracy", "loss")),
+    "orpo": ("preference_accuracy_per_token", "loss"),
+    "reward": ("preference_accuracy",),
+}
 
 
 @dataclass(frozen=True)
@@ -128,9 +141,10 @@ def iterate_sections(plan: Plan) -> Iterator[tuple[str, list[Line]]]:
     yield "data", choose_data(plan)
     yield "lora", choose_lora(plan)
     yield "training", choose_training(plan)
-    if plan.method in Recipe.model_fields:
-        yield plan.method, [Line("beta", 0.1, "the usual one: larger stays closer to the untouched model")]
-    yield "generation", choose_generation(plan)
+    if plan.method in METHOD_LINES:
+        yield plan.method, [METHOD_LINES[plan.method]]
+    if plan.method != "reward":  # such a model writes no answers
+        yield "generation", choose_generation(plan)
     yield "evaluation", [Line("metrics", choose_metrics(plan))]
 
 
@@ -187,7 +201,9 @@ def choose_training(plan: Plan) -> list[Line]:
     rate = find_learning_rate(model.parameters, model.family, plan.method, with_lora=True)
     family = f", {model.family.name}" if model.family else ""
     warmup = (
-        "the reference is left slowly" if plan.learns_pairs else "short: adapters start at zero, a warmup by itself"
+        "pairs: the first steps are the steepest"
+        if plan.learns_pairs
+        else "short: adapters start at zero, a warmup by itself"
     )
     return [
         Line("method", plan.method),
@@ -239,12 +255,10 @@ def choose_metrics(plan: Plan) -> list[str]:
     """`evaluation.metrics`: about answers where answers can be judged."""
     rows = plan.rows
     if plan.learns_pairs:
-        wanted = ["preference_accuracy", "reward_accuracy", "loss"]
-    elif rows.has_text or plan.profile == "chat":
-        wanted = ["loss", "perplexity"]
-    elif rows.runnable:
-        wanted = ["execution_accuracy", "exact_match", "loss"]
-    else:
-        is_short = rows.longest_answer is not None and rows.longest_answer <= ROUND_TO
-        wanted = ["exact_match", "loss"] if is_short else ["loss", "perplexity"]
-    return [name for name in wanted if name in get_args(MetricName)]
+        return list(METHOD_METRICS[plan.method])
+    if rows.has_text or plan.profile == "chat":
+        return ["loss", "perplexity"]
+    if rows.runnable:
+        return ["execution_accuracy", "exact_match", "loss"]
+    is_short = rows.longest_answer is not None and rows.longest_answer <= ROUND_TO
+    return ["exact_match", "loss"] if is_short else ["loss", "perplexity"]

@@ -28,6 +28,7 @@ class Facts:
         family: the model's row in the family table.
         modules: names of the linear modules that an adapter can attach to.
         whole_modules: names of the modules that can be trained whole.
+        is_reward: the model ends in one number instead of a vocabulary.
         has_chat_template: whether the tokenizer brings a chat template.
         parameters: of the model.
         positions: longest sequence that the model was made for, in tokens.
@@ -47,6 +48,7 @@ class Facts:
     family: ModelFamily | None = None
     modules: tuple[str, ...] = ()
     whole_modules: tuple[str, ...] = ()
+    is_reward: bool = False
     has_chat_template: bool | None = None
     parameters: int | None = None
     positions: int | None = None
@@ -129,6 +131,14 @@ def find_no_preference_metric(facts: Facts) -> str | None:
     return "no metric of the report looks at the pairs"
 
 
+def find_reward_model(facts: Facts) -> str | None:
+    """A model without a vocabulary under a method that predicts tokens."""
+    method = facts.recipe.training.method
+    if not facts.is_reward or method == "reward":
+        return None
+    return f"{facts.recipe.model.name} is a reward model: it predicts no tokens, and method {method} needs them"
+
+
 def find_raw_text(facts: Facts) -> str | None:
     """Raw text under strategy chat."""
     count = facts.formats.get("text", 0)
@@ -148,7 +158,7 @@ def find_beyond_positions(facts: Facts) -> str | None:
 def find_answer_beyond_positions(facts: Facts) -> str | None:
     """Prompt and answer together beyond what the model was made for."""
     new, prompt = facts.recipe.generation.max_new_tokens, facts.longest_prompt
-    if facts.positions is None or prompt is None or prompt + new <= facts.positions:
+    if facts.recipe.reward or facts.positions is None or prompt is None or prompt + new <= facts.positions:
         return None
     return f"the longest prompt ({prompt} tokens) and max_new_tokens {new} lie beyond the model's {facts.positions} positions"
 

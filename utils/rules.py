@@ -31,6 +31,7 @@ from utils.rule_checks import (
     find_no_preference_metric,
     find_preference_rows,
     find_raw_text,
+    find_reward_model,
     find_unknown_module,
     find_usual_rate,
     list_modules,
@@ -159,6 +160,13 @@ RULES = (
         "evaluation.metrics",
         find_no_preference_metric,
         "add preference_accuracy and reward_accuracy to evaluation.metrics",
+    ),
+    Rule(
+        "error",
+        "reward-model",
+        "model.name",
+        find_reward_model,
+        "set training.method: reward, or name the language model that it was made from",
     ),
     Rule(
         "error",

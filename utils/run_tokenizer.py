@@ -33,6 +33,7 @@ def open_tokenizer(loaded: LoadedRecipe, source: ModelSource, row_formats: Colle
         loss_on=choose_loss_on(loaded.recipe),
         system=data.system,
         row_formats=row_formats,
+        keeps_ending=loaded.recipe.reward is not None,
     )
 
 
@@ -59,6 +60,7 @@ def open_run_tokenizer(loaded: LoadedRecipe, source: ModelSource, run: RunFolder
         strategy=facts["strategy"],
         loss_on=choose_loss_on(loaded.recipe),
         system=data.system,
+        keeps_ending=loaded.recipe.reward is not None,
     )
 
 

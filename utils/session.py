@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from config.recipe_io import LoadedRecipe
-from config.structured_config import DataSection, GenerationSection, ModelSection, Recipe, TrainingSection
-from utils.backends import load_backend
+from config.structured_config import DataSection, GenerationSection, ModelSection, Recipe
+from utils.backends import Backend, load_backend
 from utils.batching import pad_prompts_left
 from utils.evaluation import load_trained_model
 from utils.exceptions import DataError
@@ -17,7 +17,8 @@ from utils.inference import Ids, Responder, make_settings
 from utils.messages import Message, check_message, check_text
 from utils.model_source import ModelSource, find_model
 from utils.run_folder import RunFolder
-from utils.run_tokenizer import open_run_tokenizer
+from utils.run_tokenizer import choose_loss_on, open_run_tokenizer
+from utils.scoring import Judge
 from utils.seed_manager import SeedManager
 from utils.tokenizer_training import refuse_unknown_characters
 from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
@@ -63,8 +64,28 @@ class Session:
                 shown = text
 
 
-def open_run(folder: RunFolder, loaded: LoadedRecipe) -> Session:
-    """Opens the trained model of a run.
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory with the tokenizer that belongs to it."""
+
+    backend: Backend
+    model: Any
+    tokenizer: TokenizerUtils
+    recipe: Recipe
+
+    def open_session(self) -> Session:
+        """To ask it questions."""
+        settings, size = make_settings(self.tokenizer, self.recipe.generation), self.recipe.evaluation.batch_size
+        responder = Responder(self.backend, self.model, self.tokenizer, settings, size)
+        return Session(responder, continues_text=self.recipe.scratch is not None)
+
+    def open_judge(self) -> Judge:
+        """To have it score answers."""
+        return Judge(self.backend, self.model, self.tokenizer, self.recipe.evaluation.batch_size)
+
+
+def load_run(folder: RunFolder, loaded: LoadedRecipe) -> LoadedModel:
+    """Loads the trained model of a run.
 
     Args:
         loaded: the run's recipe, possibly with generation settings overridden.
@@ -80,28 +101,35 @@ def open_run(folder: RunFolder, loaded: LoadedRecipe) -> Session:
     SeedManager(recipe.seed).seed_everything()
     base = backend.load_model(source, recipe)
     model = base if is_new else load_trained_model(backend, base, recipe, folder)
-    settings = make_settings(tokenizer, recipe.generation)
-    responder = Responder(backend, model, tokenizer, settings, recipe.evaluation.batch_size)
-    return Session(responder, continues_text=is_new)
+    return LoadedModel(backend, model, tokenizer, recipe)
 
 
-def open_model(name: str, generation: GenerationSection) -> Session:
-    """Opens a plain model: a merged folder, a local model, a hub id or an embedded one."""
-    recipe = Recipe(
-        model=ModelSection(name=name),
-        data=DataSection(train="unused"),
-        training=TrainingSection(method="sft"),
-        generation=generation,
-    )
-    source = find_model(recipe.model, "--model", with_weights=True)
+def judges_answers(name: str) -> bool:
+    """True for the name of a reward model."""
+    return find_model(ModelSection(name=name), "--model", with_weights=False).is_reward
+
+
+def load_plain(name: str, generation: GenerationSection) -> LoadedModel:
+    """Loads a model that is no run: a merged folder, a local model, a hub id or an embedded one."""
+    section = ModelSection(name=name)
+    source = find_model(section, "--model", with_weights=True)
+    values: dict[str, Any] = {"model": section, "data": DataSection(train="unused")}
+    if source.is_reward:
+        values["training"] = {"method": "reward"}
+    else:
+        values |= {"training": {"method": "sft"}, "generation": generation}
+    recipe = Recipe(**values)
     loaded = load_tokenizer(source.folder)
     # A model without a template of its own gets the prompt as it is.
-    tokenizer = TokenizerUtils(loaded, row_formats=() if loaded.chat_template else ("prompt_completion",))
+    tokenizer = TokenizerUtils(
+        loaded,
+        loss_on=choose_loss_on(recipe),
+        row_formats=() if loaded.chat_template else ("prompt_completion",),
+        keeps_ending=source.is_reward,
+    )
     backend = load_backend(recipe.backend)
     SeedManager(recipe.seed).seed_everything()
-    model = backend.load_model(source, recipe)
-    settings = make_settings(tokenizer, generation)
-    return Session(Responder(backend, model, tokenizer, settings, recipe.evaluation.batch_size))
+    return LoadedModel(backend, backend.load_model(source, recipe), tokenizer, recipe)
 
 
 def read_prompts(path: Path) -> list[list[Message]]:

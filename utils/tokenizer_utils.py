@@ -99,6 +99,7 @@ class TokenizerUtils:
         loss_on: LossOn = "assistant",
         system: str | None = None,
         row_formats: Collection[str] = (),
+        keeps_ending: bool = False,
     ) -> None:
         """Puts a template around a tokenizer and checks that they fit.
 
@@ -110,6 +111,8 @@ class TokenizerUtils:
             system: system message for conversations that bring none.
             row_formats: formats of the rows to train on; also `tools` and `thinking` where some row has them. Empty where
                 nothing is trained, or where the template comes from a run.
+            keeps_ending: examples end as the template ends a conversation, not with their last answer: a reward model is
+                read at its last token, by us and by all other tools.
 
         Raises:
             RecipeError: no such template, or one whose control tokens this tokenizer lacks.
@@ -120,6 +123,7 @@ class TokenizerUtils:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
         self.system = system
+        self.keeps_ending = keeps_ending
         self.strategy = choose_strategy(strategy, own := tokenizer.chat_template)
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._control_tokens = frozenset({*added, *tokenizer.all_special_tokens})
@@ -159,6 +163,7 @@ class TokenizerUtils:
             "template": self.template.hash,
             "loss_on": self.loss_on,
             "system": self.system,
+            "keeps_ending": self.keeps_ending,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -268,7 +273,17 @@ class TokenizerUtils:
             return [[(text, index is not None) for text, index in segments] for segments in sequences]
         segments = self._finder.split_last(messages, example.tools)
         last = len(messages) - 1
-        return [[(text, self.loss_on == "all" or index == last) for text, index in segments]]
+        pieces = [(text, self.loss_on == "all" or index == last) for text, index in segments]
+        return [[*pieces, (self._find_ending(messages, example, pieces), False)] if self.keeps_ending else pieces]
+
+    def _find_ending(self, messages: Sequence[Message], example: Example, pieces: Sequence[Piece]) -> str:
+        """What the template writes after the last answer of a conversation."""
+        whole, known = self._finder.render(messages, example.tools), "".join(text for text, _ in pieces)
+        if not whole.startswith(known):
+            message = "the template shows the last answer in another way when it renders a whole conversation"
+            fix = "set data.template to one that does not, such as chatml"
+            raise DataError(message, where=example.where, fix=fix, code="other-ending")
+        return whole[len(known) :]
 
     def _refuse_control_tokens(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> None:
         """A message that contains `<|im_end|>` could end its own turn: it is refused, in training and in inference.

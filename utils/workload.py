@@ -106,6 +106,8 @@ def plan_workload(
         train: tokens and learned tokens of every training example, each of shape (examples,).
         held_out: the same of the held-out examples, possibly empty.
     """
+    if recipe.reward:  # one number for an answer instead of logits over the vocabulary
+        train, held_out = (train[0], np.zeros_like(train[1])), (held_out[0], np.zeros_like(held_out[1]))
     lengths, supervised = train
     training = recipe.training
     workers = count_training_workers(recipe, shape, machine)

@@ -19,6 +19,8 @@ QWEN = next(family for family in FAMILIES if family.name == "qwen")
         (8e9, None, "dpo", True, 5e-6),
         (8e9, None, "kto", False, 5e-7),
         (8e9, None, "orpo", True, 2e-4),  # its loss is the supervised one with a term beside it
+        (494e6, None, "reward", True, 1e-4),  # as in TRL's example of that size
+        (8e9, None, "reward", False, 2.5e-6),
         (8e9, None, "unheard-of", True, None),
     ],
 )

@@ -151,6 +151,27 @@ RULES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"training": {"method": "orpo"}, "evaluation": {"metrics": ["reward_accuracy"]}},
         {"training": {"method": "orpo"}, "evaluation": {"metrics": ["preference_accuracy_per_token"]}},
     ),
+    (
+        "evaluation.metrics",
+        {"training": {"method": "reward"}, "evaluation": {"metrics": ["loss"]}},
+        {"training": {"method": "reward"}, "evaluation": {"metrics": ["preference_accuracy"]}},
+    ),
+    (
+        "generation",
+        {"training": {"method": "reward"}, "generation": {"temperature": 0.5}},
+        {"training": {"method": "reward"}},
+    ),
+    (
+        "data.added_tokens",
+        {"training": {"method": "reward"}, "data": {"added_tokens": ["<a>"]}},
+        {"training": {"method": "dpo"}, "data": {"added_tokens": ["<a>"]}},
+    ),
+    (
+        "lora.modules_to_save",
+        {"training": {"method": "reward"}, "lora": {"modules_to_save": ["lm_head"]}},
+        {"training": {"method": "reward"}, "lora": {"modules_to_save": ["norm"]}},
+    ),
+    ("reward", {"training": {"method": "dpo"}, "reward": {}}, {"training": {"method": "reward"}, "reward": {}}),
     ("generation.top_p", {"generation": {"top_p": 0.9}}, {"generation": {"top_p": 0.9, "temperature": 0.5}}),
     ("generation.top_k", {"generation": {"top_k": 9}}, {"generation": {"top_k": 9, "temperature": 0.5}}),
 ]
@@ -180,6 +201,12 @@ def test_a_methods_own_section_stands_in_the_recipe_with_its_defaults_and_no_oth
     assert [name for name, section in given.items() if section is not None] == [method]
     assert given[method].beta == 0.1
     assert recipe.training.learns_pairs
+
+
+def test_a_reward_model_is_measured_by_what_it_can_do() -> None:
+    assert Recipe(**make_values(training={"method": "reward"})).evaluation.metrics == ("preference_accuracy",)
+    sized = Recipe(**make_values(training={"method": "reward"}, evaluation={"batch_size": 4})).evaluation
+    assert (sized.metrics, sized.batch_size) == (("preference_accuracy",), 4)
 
 
 def test_all_broken_rules_are_reported_at_once() -> None:
@@ -250,7 +277,7 @@ def test_every_bound_holds_on_both_sides(
 def test_every_key_says_what_it_means(section: type[Section], name: str) -> None:
     info = section.model_fields[name]
     is_section = isinstance(info.annotation, type) and issubclass(info.annotation, Section)
-    if is_section or name in ("lora", "dpo", "kto", "orpo", "scratch"):
+    if is_section or name in ("lora", "dpo", "kto", "orpo", "reward", "scratch"):
         assert section is Recipe  # a section says what it is in its own docstring
     else:
         assert info.description, f"{section.__name__}.{name} has no docstring"

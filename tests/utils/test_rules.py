@@ -108,6 +108,7 @@ BROKEN: list[tuple[str, str, str, Facts]] = [
         Facts(make_recipe(**DPO), formats={"preference": 3, "messages": 5}),
     ),
     ("warning", "no-preference-metric", "evaluation.metrics", Facts(make_recipe(training={"method": "orpo"}))),
+    ("error", "reward-model", "model.name", Facts(make_recipe(), is_reward=True)),
     ("error", "raw-text", "data.strategy", Facts(make_recipe(data={"strategy": "chat"}), formats={"text": 1})),
     (
         "error",

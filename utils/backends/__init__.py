@@ -55,7 +55,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class PairScores:
-    """Log-probabilities of pairs in nats, each of shape (pairs, 2), the chosen answers first.
+    """Log-probabilities of pairs in nats, or a reward model's rewards, each of shape (pairs, 2), the chosen answers first.
 
     Attributes:
         policy: by the model in question.
@@ -127,7 +127,7 @@ class Backend(Protocol):
 
     def load_model(self, source: ModelSource, recipe: Recipe) -> Any:
         """Looks at the machine and loads the base model on it, with the source's adapter folded in and the recipe's tokens
-        added, ready to infer."""
+        added, ready to infer; under method reward with a head that gives one number."""
 
     def describe_machine(self, model: Any) -> MachineFacts:
         """What the model runs on, with the reason for each automatic choice."""
@@ -164,13 +164,18 @@ class Backend(Protocol):
     def score_pairs(
         self, model: Any, batches: Sequence[Batch], on_batch: Callable[[int], None] = ignore
     ) -> npt.NDArray[np.float64]:
-        """Log-probability of both answers of each pair in nats, in order, shape (pairs, 2)."""
+        """Log-probability of both answers of each pair in nats, or a reward model's rewards, in order, shape (pairs, 2)."""
+
+    def score_rows(
+        self, model: Any, batches: Sequence[Batch], on_batch: Callable[[int], None] = ignore
+    ) -> npt.NDArray[np.float64]:
+        """A reward model's reward of each row, in order, shape (rows,)."""
 
     def compare_pairs(self, recipe: Recipe, scores: PairScores) -> dict[str, float]:
         """`loss`, `margin`, `accuracy`, `chosen_reward`, `rejected_reward`: means over the pairs, as a step computes them."""
 
     def compute_logits(self, model: Any, batch: Batch) -> npt.NDArray[np.float32]:
-        """Logits at every real position, shape (tokens, vocabulary)."""
+        """Logits at every real position, shape (tokens, vocabulary); of a reward model the rewards there and 0, (tokens, 2)."""
 
     def generate(
         self,

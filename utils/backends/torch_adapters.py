@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from torch import nn
 
 from config.structured_config import LoraSection, Recipe
 from utils.backends.torch_model import TorchModel
+from utils.backends.torch_rewards import HEAD, split_network
 from utils.exceptions import AdapterError, RecipeError
 from utils.logging import get_logger
 from utils.model_source import ADAPTER_WEIGHTS, ModelSource
@@ -37,12 +38,15 @@ def attach_lora(model: TorchModel, recipe: Recipe) -> TorchModel:
             parameter.requires_grad_(True)
         return replace(model, network=network)
     check_targets(model.network, recipe)
-    config = recipe.lora.to_peft_config()
+    if model.is_reward and not split_network(model.network)[1].weight.any():
+        get_logger().info("The reward head is new, and starts at zero")
+    config = recipe.lora.to_peft_config("SEQ_CLS" if model.is_reward else "CAUSAL_LM")
     whole_modules = choose_whole_modules(model, config, recipe.lora)
     choose_token_rows(model, config)
     network = get_peft_model(model.network, config)
-    if config.ensure_weight_tying:
-        # peft strikes the head off the list, and at loading it takes an embedding called wte for one without a head.
+    if config.ensure_weight_tying or model.is_reward:
+        # peft strikes a tied head off the list, and at loading it takes an embedding called wte for one without a head. To
+        # that of a reward model it adds names that are not there.
         config.modules_to_save = whole_modules
     # Loaded from a snapshot folder, peft would write that folder's path into the adapter.
     network.peft_config[ADAPTER].base_model_name_or_path = model.base_name
@@ -73,11 +77,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def find_ends(network: nn.Module) -> tuple[str, str, bool]:
-    """Full names of the input embedding and the output head, and whether they share one matrix."""
+    """Full names of the input embedding and the output head, and whether they share one matrix; a reward model's head, which
+    has no vocabulary, has the name ""."""
     whole: Any = network
     embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
     names = {id(module): name for name, module in whole.named_modules()}
-    return names[id(embedding)], names[id(head)], embedding.weight is head.weight
+    return names[id(embedding)], names.get(id(head), ""), head is not None and embedding.weight is head.weight
 
 
 def choose_whole_modules(model: TorchModel, config: LoraConfig, lora: LoraSection) -> list[str]:
@@ -94,7 +99,8 @@ def choose_whole_modules(model: TorchModel, config: LoraConfig, lora: LoraSectio
     """
     modules = dict(model.network.named_modules())
     chosen: list[str] = []
-    for wanted in lora.modules_to_save:
+    # A reward model's head is new, so an adapter on it would stand on nothing.
+    for wanted in dict.fromkeys((*lora.modules_to_save, *([HEAD] if model.is_reward else []))):
         found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
         weights = [weight for name in found for weight in modules[name].parameters()]
         if not weights or not all(weight.is_floating_point() for weight in weights):
@@ -231,7 +237,10 @@ def read_adapter(network: nn.Module, folder: Path, device: str) -> PeftModel:
         fix = "name a run folder that finished training"
         raise AdapterError("there is no adapter", where=str(folder), fix=fix, code="no-adapter")
     try:
-        adapted = PeftModel.from_pretrained(network, str(folder), torch_device=device)
+        config = PeftConfig.from_pretrained(str(folder))
+        if config.task_type == "CAUSAL_LM" and not hasattr(network, "prepare_inputs_for_generation"):
+            config.task_type = None  # a language model's adapter under a reward model: the layers are the same
+        adapted = PeftModel.from_pretrained(network, str(folder), torch_device=device, config=config)
         with safe_open(path, framework="pt") as file:
             found = {*file.keys()}
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from config.structured_config import Recipe
@@ -30,6 +31,8 @@ from utils.backends.torch_preference import compare_pairs as compare_pairs
 from utils.backends.torch_preference import score_pairs as score_pairs
 from utils.backends.torch_quantization import dequantize as dequantize
 from utils.backends.torch_quantization import prepare_quantised
+from utils.backends.torch_rewards import compute_reward_logits, start_head
+from utils.backends.torch_rewards import score_rows as score_rows
 from utils.backends.torch_scratch import build_network
 from utils.backends.torch_step import make_step as make_step
 from utils.backends.torch_vocabulary import grow_vocabulary
@@ -64,7 +67,8 @@ def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
     network.eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    return TorchModel(network, plan, accelerator, source.public_name, recipe.model.quantization, added_ids)
+    is_reward = recipe.reward is not None
+    return TorchModel(network, plan, accelerator, source.public_name, recipe.model.quantization, added_ids, is_reward)
 
 
 def read_network(source: ModelSource, recipe: Recipe, plan: MachinePlan, device: str) -> nn.Module:
@@ -72,8 +76,9 @@ def read_network(source: ModelSource, recipe: Recipe, plan: MachinePlan, device:
     if source.seed is not None:
         return build_network(source.config, source.seed).to(device)
     quantization = recipe.model.to_quantization_config(plan.dtype_name)
+    kind: Any = AutoModelForSequenceClassification if recipe.reward else AutoModelForCausalLM
     try:
-        network: nn.Module = AutoModelForCausalLM.from_pretrained(
+        network, loading = kind.from_pretrained(
             source.folder,
             dtype=plan.dtype,
             # Left open, transformers takes fused attention where the architecture has it, and Gemma 2 has not.
@@ -84,12 +89,22 @@ def read_network(source: ModelSource, recipe: Recipe, plan: MachinePlan, device:
             quantization_config=quantization,
             # Left out, transformers takes a GPU wherever there is one, also when the run is meant for the CPU.
             device_map=None if quantization is None else {"": device},
+            output_loading_info=True,
+            **({"num_labels": 1} if recipe.reward else {}),
         )
     except ImportError as error:
         raise MachineError(str(error).strip().splitlines()[0], where="model", fix="run `make setup`") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         message = f"the model cannot be loaded: {str(error).strip().splitlines()[0]}"
         raise ModelLoadingError(message, where=str(source.folder)) from error
+    missing = {str(name) for name in loading["missing_keys"]}
+    if recipe.reward:
+        missing -= start_head(network, source, missing)
+    if missing:
+        message = f"the files lack {len(missing)} of the model's tensors, such as {min(missing)}: they would be random"
+        raise ModelLoadingError(
+            message, where=str(source.folder), fix="use another copy of the model", code="incomplete"
+        )
     if quantization is None:
         return network.to(device)
     prepare_quantised(network)
@@ -136,15 +151,22 @@ def evaluate(
 
 
 def compute_logits(model: TorchModel, batch: Batch) -> npt.NDArray[np.float32]:
-    """Logits at every real position, shape (tokens, vocabulary)."""
+    """Logits at every real position, shape (tokens, vocabulary); of a reward model (tokens, 2)."""
     device = model.accelerator.device
     real = np.ones_like(batch.loss_mask) if batch.attention_mask is None else batch.attention_mask
     mask = torch.from_numpy(real)
     model.network.eval()
     with torch.inference_mode():
         ids = torch.from_numpy(batch.input_ids).to(device)
-        logits = model.network(input_ids=ids, attention_mask=mask.to(device), use_cache=False).logits
+        compute = compute_reward_logits if model.is_reward else compute_vocabulary_logits
+        logits = compute(model, ids, mask.to(device))
         return logits[mask.to(device)].float().cpu().numpy()  # type: ignore[no-any-return]
+
+
+def compute_vocabulary_logits(model: TorchModel, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits at every position, shape (rows, length, vocabulary)."""
+    logits: torch.Tensor = model.network(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    return logits
 
 
 def measure_peak_memory(model: TorchModel) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from config.structured_config import DpoSection, KtoSection, OrpoSection
+from config.structured_config import DpoSection, KtoSection, OrpoSection, RewardSection
 from utils.backends.torch_model import TorchModel
 from utils.batching import Batch, count_answer_tokens, unroll_pairs
 
@@ -21,7 +21,8 @@ class PairTerms:
     """What every loss over pairs is made of; each has the shape (pairs, 2), the chosen answers first.
 
     Attributes:
-        policy: the trained model's log-probability of an answer, the sum over its tokens, in nats.
+        policy: the trained model's log-probability of an answer, the sum over its tokens, in nats; or the reward that a
+            reward model gives it.
         tokens: of the answer.
         reference: the reference's log-probability; None where the method needs none.
     """
@@ -48,26 +49,32 @@ def compute_token_losses(model: TorchModel, batch: Batch) -> torch.Tensor:
     Returns:
         float32 nats, shape (supervised_tokens,).
     """
+    seen, inputs = place_batch(model, batch)
+    loss_mask = torch.from_numpy(seen.loss_mask).to(model.accelerator.device)
+    predicts_next = torch.zeros_like(loss_mask)
+    predicts_next[:, :-1] = loss_mask[:, 1:]
+    logits = model.network(**inputs, logits_to_keep=predicts_next, use_cache=False).logits
+    return functional.cross_entropy(logits.float(), inputs["input_ids"][loss_mask], reduction="none")
+
+
+def place_batch(model: TorchModel, batch: Batch) -> tuple[Batch, dict[str, torch.Tensor]]:
+    """A batch on the model's device: tokens, and whatever mask and positions it needs.
+
+    Returns:
+        The batch that the model sees, in which pairs may have become plain rows (`unroll_pairs`), and its tensors.
+    """
     device = model.accelerator.device
     if batch.segments is not None and not shares_prompts(model.network):
         batch = unroll_pairs(batch)
-    loss_mask = torch.from_numpy(batch.loss_mask)
-    predicts_next = torch.zeros_like(loss_mask)
-    predicts_next[:, :-1] = loss_mask[:, 1:]
-    input_ids = torch.from_numpy(batch.input_ids)
-    extra = {}
+    inputs = {"input_ids": torch.from_numpy(batch.input_ids).to(device)}
     if batch.segments is not None:
-        extra["attention_mask"] = build_tree_mask(torch.from_numpy(batch.segments).to(device))
+        inputs["attention_mask"] = build_tree_mask(torch.from_numpy(batch.segments).to(device))
     elif batch.attention_mask is not None:
-        extra["attention_mask"] = torch.from_numpy(batch.attention_mask).to(device)
+        inputs["attention_mask"] = torch.from_numpy(batch.attention_mask).to(device)
     if batch.position_ids is not None:
         # transformers builds the block-diagonal mask from restarting positions only when no attention mask is passed.
-        extra["position_ids"] = torch.from_numpy(batch.position_ids).to(device)
-    logits = model.network(
-        input_ids=input_ids.to(device), logits_to_keep=predicts_next.to(device), use_cache=False, **extra
-    ).logits
-    targets = input_ids[loss_mask].to(device)
-    return functional.cross_entropy(logits.float(), targets, reduction="none")
+        inputs["position_ids"] = torch.from_numpy(batch.position_ids).to(device)
+    return batch, inputs
 
 
 def shares_prompts(network: nn.Module) -> bool:
@@ -148,6 +155,16 @@ def compute_orpo_losses(pairs: PairTerms, orpo: OrpoSection) -> torch.Tensor:
     chosen, rejected = (pairs.policy / pairs.tokens).unbind(1)
     log_odds = (chosen - rejected) - (log_one_minus_exp(chosen) - log_one_minus_exp(rejected))
     return -chosen - orpo.beta * functional.logsigmoid(log_odds)
+
+
+def compute_reward_losses(pairs: PairTerms, reward: RewardSection) -> torch.Tensor:
+    """A reward model's loss: -log sigmoid of the difference of both rewards (arXiv 2203.02155, equation 1), shape (pairs,).
+
+    With a weight c, c times the squared sum of the two is added (arXiv 2312.09244, equation 2): differences alone would leave
+    the level of all rewards open.
+    """
+    chosen, rejected = pairs.policy.unbind(1)
+    return reward.center_coefficient * (chosen + rejected).square() - functional.logsigmoid(chosen - rejected)
 
 
 def log_one_minus_exp(values: torch.Tensor) -> torch.Tensor:

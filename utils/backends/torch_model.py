@@ -24,6 +24,7 @@ class TorchModel:
         base_name: what a saved adapter names as its base.
         quantization: how the frozen base is stored, as in the recipe.
         added_ids: tokens that the base does not have, and whose rows were made when it was loaded.
+        is_reward: the network ends in one number, a reward model.
         started_from: what PiSSA has taken out of the base, by name in a saved adapter; empty for all other variants.
     """
 
@@ -33,6 +34,7 @@ class TorchModel:
     base_name: str
     quantization: str = "none"
     added_ids: tuple[int, ...] = ()
+    is_reward: bool = False
     started_from: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 

@@ -22,10 +22,12 @@ from utils.backends.torch_losses import (
     compute_kto_losses,
     compute_orpo_losses,
     compute_pair_log_probs,
+    compute_reward_losses,
     compute_sigmoid_losses,
     compute_token_losses,
 )
 from utils.backends.torch_model import TorchModel, run_side_by_side
+from utils.backends.torch_rewards import compute_rewards
 from utils.batching import Batch, count_answer_tokens
 from utils.exceptions import RunError
 from utils.logging import get_logger
@@ -66,7 +68,7 @@ class TokenObjective:
 
 
 class PairObjective:
-    """DPO, KTO and ORPO: a mean over the pairs of the step."""
+    """DPO, KTO, ORPO and reward models: a mean over the pairs of the step."""
 
     def __init__(self, model: TorchModel, recipe: Recipe) -> None:
         """Switches the model's own dropout off, and copies the model where the recipe asks for a second one."""
@@ -74,7 +76,8 @@ class PairObjective:
         self.recipe = recipe
         self.reference_point = 0.0
         self.reference = recipe.dpo.reference if recipe.dpo else "precomputed"
-        silence_dropout(model.network)
+        if recipe.reward is None:
+            silence_dropout(model.network)
         self.frozen: TorchModel | None = None
         if self.reference == "model":
             network = copy.deepcopy(model.network).eval().requires_grad_(False)
@@ -101,7 +104,7 @@ class PairObjective:
 
     def compute(self, batch: Batch) -> tuple[torch.Tensor, Numbers]:
         """Loss, margins and rewards, summed over the pairs."""
-        policy = compute_pair_log_probs(self.model, batch)
+        policy = judge_pairs(self.model, batch)
         tokens = torch.from_numpy(count_answer_tokens(batch)).to(policy)
         reference = None if batch.reference is None else torch.from_numpy(batch.reference).to(policy)
         pairs = PairTerms(policy, tokens, reference)
@@ -132,19 +135,29 @@ def silence_dropout(network: nn.Module) -> None:
         get_logger().info(message, max(found))
 
 
+def judge_pairs(model: TorchModel, batch: Batch) -> torch.Tensor:
+    """What a model makes of both answers of each pair: their rewards, or their log-probabilities in nats; shape (pairs, 2)."""
+    return compute_rewards(model, batch) if model.is_reward else compute_pair_log_probs(model, batch)
+
+
 def compute_pair_losses(recipe: Recipe, pairs: PairTerms, reference_point: float) -> torch.Tensor:
     """The recipe's loss of each pair, shape (pairs,)."""
     if recipe.kto is not None:
         return compute_kto_losses(pairs, recipe.kto, reference_point)
     if recipe.orpo is not None:
         return compute_orpo_losses(pairs, recipe.orpo)
+    if recipe.reward is not None:
+        return compute_reward_losses(pairs, recipe.reward)
     assert recipe.dpo is not None
     losses = {"sigmoid": compute_sigmoid_losses, "ipo": compute_ipo_losses, "hinge": compute_hinge_losses}
     return losses[recipe.dpo.loss](pairs, recipe.dpo)
 
 
-def compute_rewards(recipe: Recipe, pairs: PairTerms) -> torch.Tensor:
-    """Implicit rewards, shape (pairs, 2): beta x log-ratio to the reference; of ORPO beta x mean log-probability."""
+def find_rewards(recipe: Recipe, pairs: PairTerms) -> torch.Tensor:
+    """Rewards, shape (pairs, 2): those of a reward model; or implicit ones, beta x log-ratio to the reference, and of ORPO beta
+    x mean log-probability."""
+    if recipe.reward is not None:
+        return pairs.policy
     if (orpo := recipe.orpo) is not None:
         return orpo.beta * pairs.policy / pairs.tokens
     section = recipe.dpo or recipe.kto
@@ -154,7 +167,7 @@ def compute_rewards(recipe: Recipe, pairs: PairTerms) -> torch.Tensor:
 
 def sum_rewards(recipe: Recipe, pairs: PairTerms) -> Numbers:
     """Sums over the pairs: margin, both rewards, and pairs whose chosen answer has the larger one; a tie counts half."""
-    rewards = compute_rewards(recipe, pairs).detach()
+    rewards = find_rewards(recipe, pairs).detach()
     margins = rewards[:, 0] - rewards[:, 1]
     return {
         "margin": float(margins.sum()),
@@ -167,10 +180,10 @@ def sum_rewards(recipe: Recipe, pairs: PairTerms) -> Numbers:
 def score_pairs(
     model: TorchModel, batches: Sequence[Batch], on_batch: Callable[[int], None] = ignore
 ) -> npt.NDArray[np.float64]:
-    """Log-probability of both answers of each pair in nats, without gradient, in order, shape (pairs, 2)."""
+    """What `judge_pairs` finds, without gradient, in order, shape (pairs, 2)."""
 
     def score(batch: Batch) -> npt.NDArray[np.float64]:
-        return np.asarray(compute_pair_log_probs(model, batch).cpu().numpy(), dtype=np.float64)
+        return np.asarray(judge_pairs(model, batch).cpu().numpy(), dtype=np.float64)
 
     return np.concatenate([np.zeros((0, 2)), *run_side_by_side(model, score, batches, on_batch)])
 

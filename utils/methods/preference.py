@@ -188,7 +188,7 @@ def reference_pairs(recipe: Recipe, scorer: Scorer, cache: ReferenceCache, pairs
     Raises:
         DataError: KTO has a single pair, so that there is no other answer to mismatch it with.
     """
-    if recipe.orpo is not None:
+    if recipe.orpo is not None or recipe.reward is not None:
         return ReferencedPairs(pairs, None, None)
     in_steps = recipe.dpo is not None and recipe.dpo.reference != "precomputed" and name == "training"
     reference = None if in_steps else cache.open(scorer, pairs, name)
@@ -229,7 +229,8 @@ def compute_first_loss(recipe: Recipe) -> float | None:
     """The loss of every pair before the first update, where policy and reference are one model and all rewards are 0.
 
     Returns:
-        ln 2 for the sigmoid loss, with label smoothing too; None for ORPO, which has no reference.
+        ln 2 for the sigmoid loss, with label smoothing too; None for ORPO, which has no reference, and for a reward model,
+        which may go on from rewards that it has.
     """
     if (kto := recipe.kto) is not None:
         return (kto.desirable_weight + kto.undesirable_weight) / 4
@@ -245,6 +246,7 @@ class PreferenceWatch:
         """Takes the recipe and the number format of the frozen weights."""
         self.first_loss = compute_first_loss(recipe)
         self.tolerance = ROUNDING.get(dtype, COARSE_ROUNDING) * max(1.0, self.first_loss or 0.0)
+        self.starts_equal = recipe.orpo is None  # whose margins are not 0 before the first step
         self.largest_margin = 0.0
 
     def find_warning(self, step: int, result: StepResult) -> str | None:
@@ -254,15 +256,13 @@ class PreferenceWatch:
         one of the two.
         """
         expected = self.first_loss
-        if expected is None:
-            return None
-        if step == 1 and abs(result.loss - expected) > self.tolerance:
+        if step == 1 and expected is not None and abs(result.loss - expected) > self.tolerance:
             return (
                 f"the first loss is {result.loss:.6f}, and {expected:.6f} where the reference is this very model: "
                 "the reference is another one, and the margins start from a wrong place"
             )
         self.largest_margin = max(self.largest_margin, abs(result.numbers["margin"]))
-        if step == YOUNG_STEPS and self.largest_margin < SMALLEST_MARGIN:
+        if self.starts_equal and step == YOUNG_STEPS and self.largest_margin < SMALLEST_MARGIN:
             return (
                 f"after {step} steps no margin exceeds {self.largest_margin:.1e}: nothing is learned yet; "
                 "raise training.learning_rate, or look at the two answers of the rows"
