@@ -9,7 +9,7 @@
 Reads JSONL, JSON, CSV and Parquet (also .gz) and hub datasets, in any mixture of the formats that recipes read, and checks
 every row. The suffix of --out says what is written; CSV and Parquet hold lists as JSON text. Nothing is overwritten, and
 nothing is written unless all rows are good. Without --to each row keeps its format. Columns that no format reads travel
-along. --split writes a second file, rows_eval.jsonl beside rows.jsonl; copies of a row go to the same side.
+along. --split writes a second file, rows_eval.jsonl beside rows.jsonl; rows with the same prompt go to the same side.
 """
 
 from __future__ import annotations

@@ -122,6 +122,14 @@ def test_a_split_writes_two_files_that_share_no_row(tmp_path: Path) -> None:
     assert not train & evaluation
 
 
+def test_answers_to_one_question_stay_on_one_side_of_a_split(tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {n}?", "completion": f"answer {k}"} for n in range(50) for k in range(2)]
+    prepared = prepare(write(tmp_path / "a.jsonl", rows), tmp_path / "out.jsonl", split=0.2)
+    train, evaluation = ([row.fields["prompt"] for row in load_rows(str(path))] for path in prepared.written)
+    assert (len(train), len(evaluation)) == (80, 20)
+    assert not set(train) & set(evaluation)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("a.b.jsonl", "a.b_eval.jsonl"), ("a.csv.gz", "a_eval.csv.gz"), ("v1.2.json.gz", "v1.2_eval.json.gz")],

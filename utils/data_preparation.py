@@ -23,7 +23,7 @@ from utils.exceptions import DataError, Problem
 from utils.fingerprints import FINGERPRINT_BYTES, fingerprint_example
 from utils.progress import Progress
 from utils.row_checks import ProblemLog
-from utils.row_groups import choose_held_out, find_groups, find_shared
+from utils.row_groups import choose_held_out, find_groups, find_shared, find_split_groups
 from utils.row_writers import Kind, RowWriter, check_target, encode_json, name_kind
 from utils.table_files import MESSAGE_COLUMNS, parse_messages
 
@@ -74,7 +74,7 @@ class Prepared:
         written: file → rows.
         left_out: column → rows that had it, and whose new format has no place for it.
         columns: name → type of the written columns.
-        fingerprints: 8 bytes for each row that was read.
+        fingerprints, prompts: 8 bytes for each row that was read; of its prompt only where rows are split.
     """
 
     read: Counter[str] = field(default_factory=Counter)
@@ -84,6 +84,7 @@ class Prepared:
     left_out: Counter[str] = field(default_factory=Counter)
     columns: dict[str, Kind] = field(default_factory=dict)
     fingerprints: bytearray = field(default_factory=bytearray)
+    prompts: bytearray = field(default_factory=bytearray)
 
 
 def prepare_rows(order: Order) -> Prepared:
@@ -147,7 +148,9 @@ def iterate_prepared(
     unseen = set(order.columns)
     for index, example in enumerate(iterate_read(order, sources, problems, unseen)):
         prepared.read[example.format] += 1
-        prepared.fingerprints += fingerprint_example(example)[1]
+        prompt, whole = fingerprint_example(example, with_prompt=order.split > 0)
+        prepared.fingerprints += whole
+        prepared.prompts += prompt
         try:
             row = convert_example(example, order.to) if order.to else example.fields
             if is_table:
@@ -197,10 +200,14 @@ def place_rows(order: Order, prepared: Prepared, known: bytearray) -> bytearray:
     shared = find_shared(prepared.fingerprints, known).indices
     prepared.known = int((places[shared] > 0).sum())
     places[shared] = 0
-    kept = np.flatnonzero(places)
-    fingerprints = np.frombuffer(prepared.fingerprints, dtype="<u8")[kept]
-    held_out = choose_held_out(find_groups(bytearray(fingerprints.tobytes())), order.split, order.seed)
-    places[kept[sorted(held_out)]] = 2
+    if order.split:
+        kept = np.flatnonzero(places)
+        rows, prompts = (
+            bytearray(np.frombuffer(content, dtype="<u8")[kept].tobytes())
+            for content in (prepared.fingerprints, prepared.prompts)
+        )
+        held_out = choose_held_out(find_split_groups(prompts, find_groups(rows)), order.split, order.seed)
+        places[kept[sorted(held_out)]] = 2
     return bytearray(places.tobytes())
 
 

@@ -18,11 +18,10 @@ from utils.data_loading import SHOWN_PROBLEMS
 from utils.data_sources import RowSource, find_sources, find_unknown_columns, iterate_rows
 from utils.exceptions import DataError, Problem
 from utils.fingerprints import fingerprint_example
-from utils.row_groups import RowGroups, choose_held_out, find_groups, find_shared
+from utils.row_groups import RowGroups, choose_held_out, find_groups, find_shared, find_split_groups
 
 FEW_ROWS = 10
 FEW_SHARED_PROMPTS = 5
-LARGEST_GROUP = 0.05  # share of the rows that one prompt may have where rows are held out by prompt
 SHARED_PROMPTS = 0.1  # share of the held-out rows above which shared prompts are worth a warning
 SHOWN_PAIRS = 3
 MOST_NAMED = 8
@@ -126,7 +125,7 @@ def scan_rows(data: DataSection, seed: int, find_origin: Callable[[str], str]) -
     held_out: frozenset[int] = frozenset()
     rows = len(train.lines)
     if data.eval is None:
-        held_out = choose_held_out(find_split_groups(train, groups), data.eval_fraction, seed)
+        held_out = choose_held_out(find_split_groups(train.prompts, groups), data.eval_fraction, seed)
         warnings += warn_split_prompts(train, held_out, find_origin("data.eval_fraction"))
     else:
         check_leakage(train, evaluation, find_origin("data.eval"))
@@ -227,18 +226,6 @@ def warn_duplicates(train: ScannedSet, groups: RowGroups, where: str) -> Iterato
     text = f"{groups.copies} of {groups.rows} rows ({groups.copies / groups.rows:.1%}) repeat earlier ones: {pairs}"
     fix = show_preparation(train.sources, "--deduplicate --out unique.jsonl", "remove the copies")
     yield Problem("duplicate-rows", text, where, fix, "warning")
-
-
-def find_split_groups(train: ScannedSet, copies: RowGroups) -> RowGroups:
-    """Rows that fall on the same side when some are held out: those with the same prompt, as one question with many answers.
-
-    Where few prompts stand over most rows, a split by prompt would be far from the share that was asked for: then only
-    copies stay together.
-    """
-    prompts = find_groups(train.prompts)
-    if not prompts.rows or prompts.measure_largest() > max(1, prompts.rows * LARGEST_GROUP):
-        return copies
-    return prompts
 
 
 def warn_split_prompts(train: ScannedSet, held_out: frozenset[int], where: str) -> Iterator[Problem]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     Numbers = npt.NDArray[np.uint64]
 
+LARGEST_GROUP = 0.05  # share of the rows that one prompt may have where rows are held out by prompt
+
 
 @dataclass(frozen=True)
 class RowGroups:
@@ -108,6 +110,22 @@ def find_shared(content: bytearray, other: bytearray) -> SharedRows:
     ordered = np.sort(others)
     places = np.minimum(np.searchsorted(ordered, fingerprints), len(ordered) - 1)
     return SharedRows(np.flatnonzero(ordered[places] == fingerprints), fingerprints, others)
+
+
+def find_split_groups(prompts: bytearray, copies: RowGroups) -> RowGroups:
+    """Rows that fall on the same side when some are held out: those with the same prompt, as one question with many answers.
+
+    Where few prompts stand over most rows, a split by prompt would be far from the share that was asked for: then only
+    copies stay together.
+
+    Args:
+        prompts: 8 bytes for each row.
+        copies: what whole rows are equal.
+    """
+    groups = find_groups(prompts)
+    if not groups.rows or groups.measure_largest() > max(1, groups.rows * LARGEST_GROUP):
+        return copies
+    return groups
 
 
 def choose_held_out(groups: RowGroups, eval_fraction: float, seed: int) -> frozenset[int]:
