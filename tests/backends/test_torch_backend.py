@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from config.structured_config import GenerationSection, Recipe
@@ -18,7 +20,7 @@ from utils.backends.torch_losses import compute_token_losses
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_step import TorchTrainStep
 from utils.batching import Batch, make_micro_batches, pad_prompts_left, pad_rows
-from utils.exceptions import AdapterError, MachineError, RecipeError, TrainingError
+from utils.exceptions import AdapterError, MachineError, ModelLoadingError, RecipeError, TrainingError
 from utils.model_source import ModelSource
 from utils.tokenizer_utils import EncodedExample
 
@@ -378,3 +380,15 @@ def test_an_adapter_names_the_hub_id_of_its_base_and_not_a_cache_folder(tiny_lla
     torch_backend.save_weights(torch_backend.attach_lora(model, recipe), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == "org/model"
+
+
+def test_weights_that_lack_a_tensor_are_refused_and_not_drawn_at_random(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    recipe = make_recipe(tmp_path / "model")
+    with pytest.raises(
+        ModelLoadingError, match=r"such as model\.layers\.1\.mlp\.down_proj\.weight: they would be random"
+    ):
+        torch_backend.load_model(open_source(tmp_path / "model"), recipe)
