@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from config.structured_config import MetricName, Recipe, TrainingSection
 
 
-PAIR_METRICS: tuple[MetricName, ...] = ("preference_accuracy", "preference_accuracy_per_token", "reward_accuracy")
+# Metrics that compare the two answers of a pair, and all that need a preference.
+TWO_ANSWER_METRICS: tuple[MetricName, ...] = ("preference_accuracy", "preference_accuracy_per_token", "reward_accuracy")
+PAIR_METRICS: tuple[MetricName, ...] = (*TWO_ANSWER_METRICS, "label_accuracy")
 
 
 class RuleViolation(NamedTuple):
@@ -86,14 +88,20 @@ def find_preference_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     if not training.learns_pairs:
         for name in recipe.evaluation.metrics:
             if name in PAIR_METRICS:
-                message = f"{name} compares the two answers of a pair, and method {method} has no pairs"
+                what = (
+                    "looks at answers with a label"
+                    if name == "label_accuracy"
+                    else "compares the two answers of a pair"
+                )
+                message = f"{name} {what}, and method {method} has none"
                 yield RuleViolation(("evaluation", "metrics"), message, "remove it, or set training.method: dpo")
         return
-    if recipe.orpo is not None and "reward_accuracy" in recipe.evaluation.metrics:
-        message = (
-            "reward_accuracy compares with the untouched model, and orpo learns without one: by the token, not the sum"
-        )
-        yield RuleViolation(("evaluation", "metrics"), message, "name preference_accuracy_per_token instead")
+    for name in recipe.evaluation.metrics if recipe.orpo is not None else ():
+        if name in ("reward_accuracy", "label_accuracy"):
+            message = (
+                f"{name} compares with the untouched model, and orpo learns without one: by the token, not the sum"
+            )
+            yield RuleViolation(("evaluation", "metrics"), message, "name preference_accuracy_per_token instead")
     if training.packing:
         message = "a pair already shares one row between its two answers, and packing is not built for that"
         yield RuleViolation(("training", "packing"), message, "set packing: false")
@@ -103,7 +111,10 @@ def find_preference_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     if recipe.data.loss_on == "all":
         message = f"method {method} compares answers, and loss_on all would count their prompt as well"
         yield RuleViolation(("data", "loss_on"), message, "remove loss_on: the last answer is learned")
-    if recipe.data.format not in ("auto", "preference"):
+    if recipe.data.format == "labelled" and recipe.kto is None:
+        message = f"method {method} learns from pairs, and format labelled has one answer"
+        yield RuleViolation(("data", "format"), message, "set training.method: kto, or format: preference")
+    elif recipe.data.format not in ("auto", "preference", "labelled"):
         message = f"method {method} learns from pairs, and format {recipe.data.format} has one answer"
         yield RuleViolation(("data", "format"), message, "set format: preference, or training.method: sft")
     if (dpo := recipe.dpo) is not None:
