@@ -125,5 +125,5 @@ def test_rows_with_one_answer_are_refused_under_dpo_and_pairs_under_sft(tmp_path
 
 def test_kto_needs_another_answer_to_mismatch(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, "kto", pairs=2)
-    with pytest.raises(DataError, match="two training pairs"):
+    with pytest.raises(DataError, match="two training rows"):
         train.main(["--recipe", str(recipe), "--run", str(tmp_path / "run")])

@@ -330,6 +330,6 @@ def make_format_error(row: Row) -> DataError:
     wanted = {*guesses[0], *(("input",) if "instruction" in guesses[0] else ())} if guesses else set()
     pairs = [f"{old}: {new}" for old, new in OTHER_NAMES.items() if old in row.fields and new in wanted]
     example = f"data.columns: {{{', '.join(pairs)}}}, or " if pairs else ""
-    fix = f"{example}rename with data.columns to one of {shapes}"
+    fix = f"{example}rename with data.columns to one of {shapes}; labelled: one answer + label"
     message = f"no known format has the columns {', '.join(row.fields) or '(none)'}"
     return DataError(message, where=row.where, fix=fix, code="unknown-format")

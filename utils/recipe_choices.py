@@ -99,7 +99,9 @@ def choose_method(asked: str | None, rows: RowFacts) -> str:
         message = f"some rows have {what}, others have one answer"
         fix = "put them into two files"
     elif rows.have_labels and method != "kto":
-        message = f"the rows have one answer and a label that says whether it is a good one, and method {method} does not look at it"
+        message = (
+            f"the rows have one answer and a label that says whether it is good, and method {method} reads no label"
+        )
         fix = "take --method kto"
     elif method == "sft" and has_pairs:
         methods = ", ".join(f"--method {name}" for name in METHODS if name != "sft")

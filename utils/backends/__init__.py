@@ -38,9 +38,9 @@ class StepResult:
         tokens: real tokens, padding not counted; of a pair the prompt counts once.
         supervised_tokens: tokens that are learned.
         pairs: pairs, or under KTO answers, that the loss is a mean over; 0 where it is a mean over the supervised tokens.
-        answers: of pairs, chosen or desirable answers of the step, and rejected or undesirable ones.
         numbers: what a method measures besides, by name: `margin`, `accuracy`, `chosen_reward`, `rejected_reward` of pairs,
             without those that the step has no answer for.
+        answers: of pairs, chosen or desirable answers of the step, and rejected or undesirable ones.
     """
 
     loss: float
@@ -48,8 +48,8 @@ class StepResult:
     tokens: int
     supervised_tokens: int
     pairs: int = 0
-    answers: tuple[int, int] = (0, 0)
     numbers: dict[str, float] = field(default_factory=dict)
+    answers: tuple[int, int] = (0, 0)
 
     @property
     def terms(self) -> int:
