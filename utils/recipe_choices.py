@@ -108,7 +108,7 @@ def choose_method(asked: str | None, rows: RowFacts) -> str:
         other = f"{methods}; or " if methods else ""
         message = "the rows have a chosen and a rejected answer, and method sft learns one answer"
         fix = f"{other}keep the chosen answers alone: write them as messages, or as prompt and completion"
-    elif method != "sft" and not has_pairs:
+    elif method != "sft" and not rows.are_preferences:
         message = f"method {method} learns from a chosen and a rejected answer, and the rows have one answer"
         fix = 'write rows as {"prompt": …, "chosen": …, "rejected": …}, or take --method sft'
     else:
