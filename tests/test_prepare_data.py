@@ -136,7 +136,7 @@ def test_rows_that_the_target_cannot_hold_are_counted_and_nothing_is_written(tmp
     source = write(tmp_path / "a.jsonl", MIXED)
     with pytest.raises(DataError) as caught:
         prepare(source, tmp_path / "out.jsonl", to="alpaca")
-    assert [problem.where for problem in caught.value.problems] == [f"{source}:{line}" for line in (5, 6, 7)]
+    assert [problem.where for problem in caught.value.problems] == [f"{source}:{line}" for line in (5, 6, 7, 8, 9)]
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
