@@ -85,23 +85,9 @@ def find_preference_violations(recipe: Recipe) -> Iterator[RuleViolation]:
         if section is not None and method != name:
             message = f"the section {name} does nothing under method {method}"
             yield RuleViolation((name,), message, f"remove it, or set training.method: {name}")
+    yield from find_metric_violations(recipe)
     if not training.learns_pairs:
-        for name in recipe.evaluation.metrics:
-            if name in PAIR_METRICS:
-                what = (
-                    "looks at answers with a label"
-                    if name == "label_accuracy"
-                    else "compares the two answers of a pair"
-                )
-                message = f"{name} {what}, and method {method} has none"
-                yield RuleViolation(("evaluation", "metrics"), message, "remove it, or set training.method: dpo")
         return
-    for name in recipe.evaluation.metrics if recipe.orpo is not None else ():
-        if name in ("reward_accuracy", "label_accuracy"):
-            message = (
-                f"{name} compares with the untouched model, and orpo learns without one: by the token, not the sum"
-            )
-            yield RuleViolation(("evaluation", "metrics"), message, "name preference_accuracy_per_token instead")
     if training.packing:
         message = "a pair already shares one row between its two answers, and packing is not built for that"
         yield RuleViolation(("training", "packing"), message, "set packing: false")
@@ -127,6 +113,23 @@ def find_preference_violations(recipe: Recipe) -> Iterator[RuleViolation]:
         if dpo.reference == "adapter_off" and recipe.lora is not None and recipe.lora.variant == "pissa":
             message = "pissa takes a part out of the base, so without its adapter the base is no longer the reference"
             yield RuleViolation(("dpo", "reference"), message, "set reference: precomputed, or lora.variant: lora")
+
+
+def find_metric_violations(recipe: Recipe) -> Iterator[RuleViolation]:
+    """Yields metrics on preferences that the method cannot have."""
+    training, path = recipe.training, ("evaluation", "metrics")
+    for name in recipe.evaluation.metrics:
+        if name in PAIR_METRICS and not training.learns_pairs:
+            what = (
+                "compares the two answers of a pair" if name in TWO_ANSWER_METRICS else "looks at good and bad answers"
+            )
+            fix = f"remove it, or set training.method: {'dpo' if name in TWO_ANSWER_METRICS else 'kto'}"
+            yield RuleViolation(path, f"{name} {what}, and method {training.method} has none", fix)
+        if name in ("reward_accuracy", "label_accuracy") and training.method == "orpo":
+            message = (
+                f"{name} compares with the untouched model, and orpo learns without one: by the token, not the sum"
+            )
+            yield RuleViolation(path, message, "name preference_accuracy_per_token instead")
 
 
 def find_cadence_violations(training: TrainingSection, total_steps: int) -> Iterator[RuleViolation]:

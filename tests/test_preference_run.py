@@ -173,7 +173,11 @@ def test_a_run_on_labelled_rows_and_pairs_moves_answers_the_right_way_and_report
     [
         ({"label": False}, ["training.method=sft", "evaluation.metrics=[loss]"], "learn bad answers like good ones"),
         ({"label": False}, ["training.method=dpo", "evaluation.metrics=[loss]"], "compares two answers of a row"),
-        ({"label": True}, ["evaluation.metrics=[preference_accuracy]"], "compares the two answers of a pair"),
+        (
+            {"label": True},
+            ["evaluation.metrics=[preference_accuracy]"],
+            "these metrics compare two: preference_accuracy",
+        ),
         ({"label": False}, [], "no held-out row has label true"),
         ({}, [], "16 rows have one answer, the first in .*pairs.jsonl:1, and method kto needs a label"),
         ({"label": "yes"}, [], "label is 'yes', and it must say true or false"),

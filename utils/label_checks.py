@@ -23,7 +23,7 @@ def find_two_answer_metric(facts: Facts) -> str | None:
     names = [name for name in facts.recipe.evaluation.metrics if name in TWO_ANSWER_METRICS]
     if not names or not facts.holds_out_labels:
         return None
-    return f"{' and '.join(names)} compares the two answers of a pair, and held-out rows have one answer and its label"
+    return f"held-out rows have one answer and its label, and these metrics compare two: {', '.join(names)}"
 
 
 def find_no_desirable_answer(facts: Facts) -> str | None:
@@ -31,7 +31,7 @@ def find_no_desirable_answer(facts: Facts) -> str | None:
     names = [name for name in facts.recipe.evaluation.metrics if name in ("loss", "perplexity")]
     if not names or not facts.holds_out_labels or facts.held_out_answers[0]:
         return None
-    return f"{' and '.join(names)} looks at desirable answers, and no held-out row has label true"
+    return f"no held-out row has label true, and these metrics are about desirable answers: {', '.join(names)}"
 
 
 def find_one_label(facts: Facts) -> str | None:
@@ -55,7 +55,8 @@ def find_imbalance(facts: Facts) -> str | None:
     if balance is None or LOWEST_BALANCE <= balance <= HIGHEST_BALANCE:
         return None
     good, bad = facts.answers or (0, 0)
-    return f"{good} desirable and {bad} undesirable answers weigh {balance:.2f} to 1 with these weights; 1 to 1.33 is advised"
+    weigh = f"{good} desirable answers weigh {balance:.2f} times as much as {bad} undesirable ones"
+    return f"{weigh} with these weights; 1 to 1.33 times is advised"
 
 
 def choose_weight(facts: Facts) -> str:

@@ -137,8 +137,12 @@ def find_no_pairs(facts: Facts) -> str | None:
 
 def show_pair_rows(facts: Facts) -> str:
     """What a row must look like."""
-    label = '{"prompt": …, "completion": …, "label": true}, or as ' if facts.recipe.kto else ""
-    return f'write each row as {label}{{"prompt": …, "chosen": …, "rejected": …}}, or set training.method: sft'
+    pair = '{"prompt": …, "chosen": …, "rejected": …}'
+    if facts.recipe.kto is not None:
+        return (
+            f'write each row as {{"prompt": …, "completion": …, "label": true}} or as {pair}, or leave the others out'
+        )
+    return f"write each row as {pair}, or set training.method: sft"
 
 
 def find_no_preference_metric(facts: Facts) -> str | None:

@@ -234,7 +234,8 @@ def test_each_proposed_weight_of_a_label_brings_the_balance_into_its_range(
         Recipe.model_validate({**make_recipe(**KTO).model_dump(exclude_unset=True), "kto": kto}), answers=answers
     )
     for problem in find_problems(facts, str):
-        assert f"{answers[0]} desirable and {answers[1]} undesirable" in problem.message
+        assert problem.message.startswith(f"{answers[0]} desirable answers weigh ")
+        assert f"as much as {answers[1]} undesirable" in problem.message
         for proposal in (problem.fix or "").removeprefix("set ").split(", or "):
             key, _, value = proposal.removeprefix("kto.").partition(": ")
             changed = {**kto, key: float(value)}
