@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from config.structured_config import MetricName, Recipe, TrainingSection
 
 
-PAIR_METRICS: tuple[MetricName, ...] = ("preference_accuracy", "preference_accuracy_per_token", "reward_accuracy")
+# Metrics that compare the two answers of a pair, and all that need a preference.
+TWO_ANSWER_METRICS: tuple[MetricName, ...] = ("preference_accuracy", "preference_accuracy_per_token", "reward_accuracy")
+PAIR_METRICS: tuple[MetricName, ...] = (*TWO_ANSWER_METRICS, "label_accuracy")
 REWARD_METRICS: tuple[MetricName, ...] = ("preference_accuracy",)  # a reward model predicts no tokens
 
 
@@ -89,18 +91,10 @@ def find_preference_violations(recipe: Recipe) -> Iterator[RuleViolation]:
         if section is not None and method != name:
             message = f"the section {name} does nothing under method {method}"
             yield RuleViolation((name,), message, f"remove it, or set training.method: {name}")
+    yield from find_metric_violations(recipe)
     if not training.learns_pairs:
-        for name in recipe.evaluation.metrics:
-            if name in PAIR_METRICS:
-                message = f"{name} compares the two answers of a pair, and method {method} has no pairs"
-                yield RuleViolation(("evaluation", "metrics"), message, "remove it, or set training.method: dpo")
         return
     yield from find_reward_violations(recipe)
-    if recipe.orpo is not None and "reward_accuracy" in recipe.evaluation.metrics:
-        message = (
-            "reward_accuracy compares with the untouched model, and orpo learns without one: by the token, not the sum"
-        )
-        yield RuleViolation(("evaluation", "metrics"), message, "name preference_accuracy_per_token instead")
     if training.packing:
         message = "a pair already shares one row between its two answers, and packing is not built for that"
         yield RuleViolation(("training", "packing"), message, "set packing: false")
@@ -110,7 +104,10 @@ def find_preference_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     if recipe.data.loss_on == "all":
         message = f"method {method} compares answers, and loss_on all would count their prompt as well"
         yield RuleViolation(("data", "loss_on"), message, "remove loss_on: the last answer is learned")
-    if recipe.data.format not in ("auto", "preference"):
+    if recipe.data.format == "labelled" and recipe.kto is None:
+        message = f"method {method} learns from pairs, and format labelled has one answer"
+        yield RuleViolation(("data", "format"), message, "set training.method: kto, or format: preference")
+    elif recipe.data.format not in ("auto", "preference", "labelled"):
         message = f"method {method} learns from pairs, and format {recipe.data.format} has one answer"
         yield RuleViolation(("data", "format"), message, "set format: preference, or training.method: sft")
     if (dpo := recipe.dpo) is not None:
@@ -146,6 +143,23 @@ def find_reward_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     if recipe.data.added_tokens:
         message = "added tokens are built for models that predict them, and a reward model predicts none"
         yield RuleViolation(("data", "added_tokens"), message, "remove it")
+
+
+def find_metric_violations(recipe: Recipe) -> Iterator[RuleViolation]:
+    """Yields metrics on preferences that the method cannot have."""
+    training, path = recipe.training, ("evaluation", "metrics")
+    for name in recipe.evaluation.metrics:
+        if name in PAIR_METRICS and not training.learns_pairs:
+            what = (
+                "compares the two answers of a pair" if name in TWO_ANSWER_METRICS else "looks at good and bad answers"
+            )
+            fix = f"remove it, or set training.method: {'dpo' if name in TWO_ANSWER_METRICS else 'kto'}"
+            yield RuleViolation(path, f"{name} {what}, and method {training.method} has none", fix)
+        if name in ("reward_accuracy", "label_accuracy") and training.method == "orpo":
+            message = (
+                f"{name} compares with the untouched model, and orpo learns without one: by the token, not the sum"
+            )
+            yield RuleViolation(path, message, "name preference_accuracy_per_token instead")
 
 
 def find_cadence_violations(training: TrainingSection, total_steps: int) -> Iterator[RuleViolation]:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 Strings = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)]
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
-FormatName = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text", "preference"]
+FormatName = Literal[
+    "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text", "preference", "labelled"
+]
 MetricName = Literal[
     "loss",
     "perplexity",
@@ -31,6 +33,7 @@ MetricName = Literal[
     "preference_accuracy",
     "preference_accuracy_per_token",
     "reward_accuracy",
+    "label_accuracy",
 ]
 # Methods that learn from pairs of answers; each has a section of its name.
 PAIR_METHODS = ("dpo", "kto", "orpo", "reward")
@@ -250,8 +253,8 @@ class TrainingSection(Section):
 
     method: Literal["sft", "dpo", "kto", "orpo", "reward"]
     """sft: supervised fine-tuning on the tokens that `data.loss_on` names. dpo, kto, orpo: learning from pairs of a chosen
-    and a rejected answer; each is set in the section of its name, and learns the last answer of a conversation. reward: a
-    model that scores answers instead of writing them, from the same pairs."""
+    and a rejected answer, kto also from single answers with a label; each is set in the section of its name, and learns the
+    last answer of a conversation. reward: a model that scores answers instead of writing them, from the same pairs."""
     engine: Literal["tunebook", "trl"] = "tunebook"
     """Who takes the steps: Tunebook's own loop, or TRL's trainer on the same tokens, masks and order, for comparison."""
     epochs: Annotated[float, Field(gt=0.0, le=1000.0)] = 3.0
@@ -299,7 +302,7 @@ class TrainingSection(Section):
 
     @property
     def learns_pairs(self) -> bool:
-        """True for methods whose rows hold a chosen and a rejected answer."""
+        """True for methods whose rows hold a chosen and a rejected answer, or under kto one of the two."""
         return self.method in PAIR_METHODS
 
 
@@ -318,15 +321,16 @@ class DpoSection(Section):
 
 
 class KtoSection(Section):
-    """Kahneman-Tversky optimisation (arXiv 2402.01306), for `training.method: kto`: pairs are taken apart, the chosen answer
-    is desirable and the rejected one undesirable."""
+    """Kahneman-Tversky optimisation (arXiv 2402.01306), for `training.method: kto`: each answer is desirable or undesirable by
+    itself. A row has one answer and its `label`; or it is a pair, of which the chosen answer is desirable and the rejected
+    one undesirable."""
 
     beta: Annotated[float, Field(gt=0.0, le=100.0)] = 0.1
     """How closely the model is held to the reference: larger moves it less."""
     desirable_weight: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
-    """Weight of the chosen answers."""
+    """Weight of the desirable answers. This weight times their number should be 1 to 4/3 times the same of the others."""
     undesirable_weight: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
-    """Weight of the rejected answers."""
+    """Weight of the undesirable answers."""
 
 
 class OrpoSection(Section):
@@ -385,11 +389,13 @@ class EvaluationSection(Section):
     """What the before/after report measures."""
 
     metrics: Annotated[tuple[MetricName, ...], Field(strict=False, min_length=1)] = ("loss", "perplexity")
-    """loss and perplexity on the reference answers (the chosen ones of pairs); exact_match and execution_accuracy on generated
-    ones. Of pairs: preference_accuracy, the share in which the model finds the chosen answer likelier;
+    """loss and perplexity on the reference answers (the chosen or desirable ones); exact_match and execution_accuracy on
+    generated ones. Of pairs: preference_accuracy, the share in which the model finds the chosen answer likelier;
     preference_accuracy_per_token, the same by the mean over an answer's tokens, so that length plays no part;
     reward_accuracy, the share in which training raised the chosen answer's log-probability more than the rejected one's.
-    Method reward has preference_accuracy alone, the share in which the chosen answer is scored higher."""
+    Of answers with a label, and of pairs: label_accuracy, the share of the answers that training moved the right way,
+    desirable ones up and undesirable ones down. Method reward has preference_accuracy alone, the share in which the chosen
+    answer is scored higher."""
     max_examples: Annotated[int, Field(ge=1)] | None = None
     """Held-out rows to use, the first ones; null uses all."""
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from utils.backends import load_backend
     from utils.inference import Responder, encode_prompts, make_settings
-    from utils.metrics import BINARY, TITLES, format_value, score_answers
+    from utils.metrics import ON_ANSWERS, TITLES, format_value, score_answers
     from utils.model_source import find_model
     from utils.preflight import check_recipe, select_conversations
     from utils.seed_manager import SeedManager
@@ -48,12 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     responder = Responder(backend, model, preflight.tokenizer, settings, recipe.evaluation.batch_size)
     answers = responder.answer_as_base(source, prompts)
     for example, answer in list(zip(examples, answers, strict=True))[: options.show]:
-        print(
-            f"\n{example.where}\n{example.prompt[-1]['content']}\n  answer:    {answer}\n  reference: {example.answer}"
-        )
+        title = "bad one:  " if example.label is False else "reference:"
+        print(f"\n{example.where}\n{example.prompt[-1]['content']}\n  answer:    {answer}\n  {title} {example.answer}")
     print(f"\n{len(answers)} answers of the untouched {source.name}")
     for name in recipe.evaluation.metrics:
-        if name in BINARY:
+        if name in ON_ANSWERS:
             scores = score_answers(name, examples, answers)
             print(f"{TITLES[name]}: {format_value(name, sum(scores) / len(scores))}")
     print(f"Next: {cli.show_train_command(options)}")

@@ -155,6 +155,24 @@ def test_every_method_for_pairs_gets_a_recipe_that_is_valid(tmp_path: Path, embe
     assert recipe.model_fields_set >= {method}
 
 
+def test_labelled_rows_are_for_kto(tmp_path: Path, embedded: ModelSource) -> None:
+    labelled = {"prompt": "Say {0}.", "completion": "It is {0}.", "label": True}
+    rows = write_rows(tmp_path / "rows.jsonl", labelled)
+    for method in ("sft", "dpo", "orpo"):
+        with pytest.raises(DataError, match=f"method {method} reads no label") as refused:
+            make_recipe(tmp_path, rows, "--method", method)
+        assert "--method kto" in str(refused.value)
+    loaded = make_recipe(tmp_path, rows)
+    assert loaded.recipe.training.method == "kto"
+    assert loaded.recipe.evaluation.metrics == ("label_accuracy", "loss")
+    mixed = write_rows(tmp_path / "mixed.jsonl", labelled)
+    with Path(mixed).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"prompt": "Say it.", "completion": "It."}) + "\n")
+    loaded.path.unlink()
+    with pytest.raises(DataError, match="some rows have a label, others have one answer"):
+        make_recipe(tmp_path, mixed)
+
+
 def test_a_method_for_pairs_refuses_rows_with_one_answer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="learns from a chosen and a rejected answer"):
         make_recipe(tmp_path, write_rows(tmp_path / "rows.jsonl", ROWS["messages"]), "--method", "dpo")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from scripts import baseline_inference, evaluate_run, infer, merge, train
+from scripts import baseline_inference, evaluate_run, infer, merge, preview_data, train, validate
 from utils.exceptions import DataError, RecipeError, RunError
 
 pytestmark = pytest.mark.slow
@@ -172,5 +172,118 @@ def test_rows_with_one_answer_are_refused_under_dpo_and_pairs_under_sft(tmp_path
 
 def test_kto_needs_another_answer_to_mismatch(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, "kto", pairs=2)
-    with pytest.raises(DataError, match="two training pairs"):
+    with pytest.raises(DataError, match="two training rows"):
         train.main(["--recipe", str(recipe), "--run", str(tmp_path / "run")])
+
+
+def write_labelled(folder: Path, model: Path, rows: list[dict[str, Any]] | None = None, **sections: Any) -> Path:
+    """A recipe whose rows have one answer: short ones are good, long ones are not."""
+    if rows is None:
+        short = [{"prompt": f"What is {n} and {n}?", "completion": f"{2 * n}.", "label": True} for n in range(16)]
+        rows = [
+            {**row, "completion": f"I think it is {n}, or so.", "label": False} if n % 2 else row
+            for n, row in enumerate(short)
+        ]
+        rows += [{"prompt": f"What is {n} plus 0?", "chosen": f"{n}.", "rejected": f"It may be {n}."} for n in range(4)]
+    path = write_recipe(folder, model, "kto", evaluation={"metrics": ["label_accuracy", "loss"]}, **sections)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_run_on_labelled_rows_and_pairs_moves_answers_the_right_way_and_reports_it(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    run = tmp_path / "run"
+    recipe = write_labelled(tmp_path, tiny_llama)
+    assert train.main(["--recipe", str(recipe), "--run", str(run)]) == 0
+    steps, evaluations = read_metrics(run)
+    assert all(math.isfinite(value) for row in (*steps, *evaluations) for value in row.values())
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] < 0.5
+    assert {"eval_accuracy", "eval_loss"} <= set(evaluations[-1])
+    log = (run / "log.txt").read_text(encoding="utf-8")
+    assert "the reference is another" not in log
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert facts["row_formats"] == {"labelled": 16, "preference": 4}
+
+    assert evaluate_run.main(["--run", str(run)]) == 0
+    metrics = json.loads((run / "report.json").read_text(encoding="utf-8"))["metrics"]
+    assert metrics["label_accuracy"]["base"] == 0.5
+    assert metrics["label_accuracy"]["tuned"] > 0.9
+    assert metrics["label_accuracy"]["rows"] == 8
+    assert 0 < metrics["loss"]["rows"] < 8  # the desirable answers alone
+    assert metrics["loss"]["difference"] < 0
+    assert "label accuracy" in (run / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "word"),
+    [
+        ({"label": False}, ["training.method=sft", "evaluation.metrics=[loss]"], "learn bad answers like good ones"),
+        ({"label": False}, ["training.method=dpo", "evaluation.metrics=[loss]"], "compares two answers of a row"),
+        (
+            {"label": True},
+            ["evaluation.metrics=[preference_accuracy]"],
+            "these metrics compare two: preference_accuracy",
+        ),
+        ({"label": False}, [], "no held-out row has label true"),
+        ({}, [], "16 rows have one answer, the first in .*pairs.jsonl:1, and method kto needs a label"),
+        ({"label": "yes"}, [], "label is 'yes', and it must say true or false"),
+        ({"label": 1}, [], "label is 1, and it must say true or false"),
+        ({"label": True, "completion": ""}, [], "completion is empty"),
+        ({"label": False}, ["evaluation.metrics=[label_accuracy,exact_match]"], "this row's has label false"),
+        ({"label": False}, ["data.format=prompt_completion"], "format prompt_completion has one answer"),
+    ],
+)
+def test_labelled_rows_that_cannot_be_meant_are_refused_before_training(
+    tmp_path: Path, tiny_llama: Path, rows: dict[str, Any], changes: list[str], word: str
+) -> None:
+    written = [{"prompt": f"What is {n}?", "completion": f"{n}.", **rows} for n in range(16)]
+    recipe = write_labelled(tmp_path, tiny_llama, written)
+    more = [word for change in changes for word in ("--set", change)]
+    with pytest.raises((RecipeError, DataError), match=word):
+        train.main(["--recipe", str(recipe), "--run", str(tmp_path / "run"), *more])
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_rows_are_looked_at_too(tmp_path: Path, tiny_llama: Path) -> None:
+    # Bad answers in data.eval would have been measured like good ones: only the formats of data.train were looked at.
+    recipe = write_recipe(tmp_path, tiny_llama, "sft", evaluation={"metrics": ["loss"]})
+    values = json.loads(recipe.read_text(encoding="utf-8"))
+    values["data"] = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")}
+    recipe.write_text(json.dumps(values), encoding="utf-8")
+    for name, label in (("train", {}), ("eval", {"label": False})):
+        rows = [{"prompt": f"{name} {n}?", "completion": f"{n}.", **label} for n in range(16)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(RecipeError, match="16 rows have one answer and a label"):
+        train.main(["--recipe", str(recipe)])
+
+
+def test_labels_that_are_all_the_same_or_out_of_balance_are_said(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for good, said in ((16, "nothing to tell good answers from"), (12, "set kto.desirable_weight:"), (8, None)):
+        rows = [{"prompt": f"What is {n}?", "completion": f"{n}.", "label": n < good} for n in range(16)]
+        recipe = write_labelled(tmp_path, tiny_llama, rows)
+        values = json.loads(recipe.read_text(encoding="utf-8"))
+        values["data"]["eval_fraction"] = 0.0
+        values["training"].pop("eval_every")
+        recipe.write_text(json.dumps(values), encoding="utf-8")
+        assert validate.main(["--recipe", str(recipe)]) == 0
+        shown = capsys.readouterr().err
+        assert said is None or said in shown
+        assert ("kto.desirable_weight" in shown, "nothing to tell" in shown) == (good == 12, good == 16)
+
+
+def test_people_see_which_answers_are_good_ones(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_labelled(tmp_path, tiny_llama)
+    arguments = ["--recipe", str(recipe), "--set", "data.eval_fraction=0", "--rows", "20", "--picture", "p.png"]
+    assert preview_data.main([*arguments, "--set", "training.eval_every=epoch"]) == 0
+    shown = capsys.readouterr().out
+    assert [shown.count(f"\n{name}: ") for name in ("desirable", "undesirable", "chosen", "rejected")] == [8, 8, 4, 4]
+    assert "a pair of" in shown
+    assert "desirable answers  12\nundesirable answers 12\n" in shown
+    assert preview_data.main([*arguments, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row.get("label") for row in rows] == [*([True, False] * 8), *([None] * 4)]

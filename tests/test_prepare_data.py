@@ -37,6 +37,8 @@ MIXED: list[dict[str, Any]] = [
     },
     {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"},
     {"text": "Once,\nupon a time"},
+    {"prompt": "2 + 2?", "completion": "5", "label": False},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "label": True},
 ]
 NAMES = ("out.jsonl", "out.json", "out.csv", "out.parquet", "out.jsonl.gz", "out.json.gz", "out.csv.gz")
 
@@ -71,8 +73,8 @@ def test_rows_of_all_formats_go_into_every_kind_of_file_and_come_back(tmp_path: 
     prepared = prepare(source, tmp_path / name)
     assert prepared.written == {tmp_path / name: len(MIXED)}
     examples = read_examples(load_rows(str(tmp_path / name)))
-    assert [(e.messages, e.rejected, e.text, e.tools) for e in examples] == [
-        (e.messages, e.rejected, e.text, e.tools) for e in read_examples(load_rows(source))
+    assert [(e.messages, e.rejected, e.text, e.tools, e.label) for e in examples] == [
+        (e.messages, e.rejected, e.text, e.tools, e.label) for e in read_examples(load_rows(source))
     ]
     back = prepare(str(tmp_path / name), tmp_path / "back.jsonl")
     assert back.read == prepared.read
@@ -142,7 +144,7 @@ def test_rows_that_the_target_cannot_hold_are_counted_and_nothing_is_written(tmp
     source = write(tmp_path / "a.jsonl", MIXED)
     with pytest.raises(DataError) as caught:
         prepare(source, tmp_path / "out.jsonl", to="alpaca")
-    assert [problem.where for problem in caught.value.problems] == [f"{source}:{line}" for line in (5, 6, 7)]
+    assert [problem.where for problem in caught.value.problems] == [f"{source}:{line}" for line in (5, 6, 7, 8, 9)]
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 

@@ -23,7 +23,8 @@ class Batch:
             trunk in both branches; None without either.
         lengths: int64, shape (rows,), real tokens of each row.
         segments: of pairs, int8, shape (rows, length): 0 in the trunk, 1 and 2 in the chosen and the rejected branch, -1 in
-            the padding. A token sees those before it in the trunk and in its own segment. None without pairs.
+            the padding. A token sees those before it in the trunk and in its own segment; a missing answer has no token.
+            None without pairs.
         reference: of pairs, float64, shape (rows, 2): the reference's log-probability of both answers in nats; None where
             it is not known.
         mismatched: of pairs under KTO, the same prompts with the answers of other rows.
@@ -47,6 +48,13 @@ class Batch:
     def supervised_tokens(self) -> int:
         """Tokens that the loss is summed over."""
         return int(self.loss_mask.sum())
+
+    @property
+    def answers(self) -> tuple[int, int]:
+        """Chosen or desirable, and rejected or undesirable answers of its pairs; (0, 0) without pairs."""
+        if self.segments is None:
+            return 0, 0
+        return int((self.segments == 1).any(axis=1).sum()), int((self.segments == 2).any(axis=1).sum())
 
 
 def iterate_windows(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[npt.NDArray[np.int64]]:
@@ -118,7 +126,7 @@ def add_branches(batch: Batch, pairs: Sequence[EncodedExample], pad_token_id: in
 
 
 def count_answer_tokens(batch: Batch) -> npt.NDArray[np.int64]:
-    """Learned tokens of the chosen and the rejected answer of each pair, shape (rows, 2)."""
+    """Learned tokens of the chosen and the rejected answer of each pair, shape (rows, 2); 0 of an answer that is missing."""
     assert batch.segments is not None
     counts = [(batch.loss_mask & (batch.segments == branch)).sum(axis=1) for branch in (1, 2)]
     return np.stack(counts, axis=1).astype(np.int64)
@@ -127,14 +135,17 @@ def count_answer_tokens(batch: Batch) -> npt.NDArray[np.int64]:
 def unroll_pairs(batch: Batch) -> Batch:
     """Pairs as plain rows: the chosen conversation of each and then its rejected one, so learned tokens keep their order.
 
+    A missing answer has none.
+
     For models that cannot be told which tokens see each other; the prompt is then computed twice.
     """
     assert batch.segments is not None
     sides = []
     for ids, mask, segments in zip(batch.input_ids, batch.loss_mask, batch.segments, strict=True):
         for branch in (1, 2):
-            own = (segments == 0) | (segments == branch)
-            sides.append(EncodedExample(ids[own], mask[own], ""))
+            if (segments == branch).any():
+                own = (segments == 0) | (segments == branch)
+                sides.append(EncodedExample(ids[own], mask[own], ""))
     return pad_rows(sides, 0)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from config.structured_config import FormatName
-from utils.data_formats import READERS, Example
+from utils.data_formats import ONE_ANSWER, READERS, Example
 from utils.exceptions import DataError
 from utils.messages import Message
 from utils.row_writers import encode_json
@@ -20,8 +20,10 @@ OPTIONAL_COLUMNS: dict[FormatName, tuple[str, ...]] = {
     "prompt_completion": ("system", "tools"),
     "question_answer": ("context", "system", "tools"),
     "text": (),
+    "labelled": (),
 }
 COLUMNS = {name: {*keys, *OPTIONAL_COLUMNS[name]} for name, (keys, _) in READERS.items()}
+COLUMNS["labelled"] = COLUMNS["labelled"].union(*(COLUMNS[name] for name in ONE_ANSWER))
 # A column that no format reads is the user's own, and travels along.
 READ_COLUMNS = set().union(*COLUMNS.values())
 SHAREGPT_ROLES = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
@@ -40,6 +42,8 @@ def convert_example(example: Example, to: FormatName) -> dict[str, Any]:
     if example.format == "preference" or to == "preference":
         reason = "the rejected answer would be lost" if to != "preference" else "there is no rejected answer"
         raise refuse(example, to, reason)
+    if "labelled" in (example.format, to):
+        raise refuse(example, to, "there is no label" if to == "labelled" else "its label would be lost")
     if to not in WRITERS:
         raise refuse(example, to, "a conversation becomes text with a template, and training does that")
     extra = {name: value for name, value in example.fields.items() if name not in READ_COLUMNS}

@@ -8,7 +8,7 @@ the columns `system` (the system message) and `tools` (function schemas).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -52,11 +52,13 @@ class Example:
     Attributes:
         format: the format that it was written in.
         messages: the conversation, ending with the assistant; for preference prompt and chosen answer; empty for raw text.
+            Of a labelled row it ends with its answer, be it desirable or not.
         text: raw text, or None for a conversation.
         where: `file:line`.
         fields: the whole row, for metrics that need more than the text.
         tools: function schemas in OpenAI's form.
         rejected: preference only: prompt and rejected answer.
+        label: labelled only: whether the model should answer like this.
     """
 
     format: FormatName
@@ -66,6 +68,7 @@ class Example:
     fields: dict[str, Any]
     tools: tuple[dict[str, Any], ...] = ()
     rejected: tuple[Message, ...] = ()
+    label: bool | None = None
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -74,7 +77,7 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """What the model should say: the last assistant turn."""
+        """What the model should say: the last assistant turn; under label false, what it should not say."""
         return str(self.messages[-1]["content"])
 
 
@@ -222,7 +225,27 @@ def make_side(prompt: Any, answer: Any, name: str, where: str) -> tuple[Message,
     return check_messages(list(turns), where)
 
 
-# Order matters for detection only: the first format whose keys are all there is taken.
+def read_labelled(row: Row) -> Example:
+    """Reads `{"prompt": "2 + 2?", "completion": "5", "label": false}`: a conversation of any format with a label on its answer.
+
+    true: the model should answer like this; false: it should not. TRL calls such rows unpaired preferences.
+    """
+    rest = Row({name: value for name, value in row.fields.items() if name != "label"}, row.where)
+    name, label = detect_format(rest), row.fields["label"]
+    if name not in ONE_ANSWER:
+        fix = "remove the column label, or rename it with data.columns"
+        raise DataError(f"label judges one answer, and {name} rows have none", where=row.where, fix=fix, code="label")
+    if not isinstance(label, bool):
+        fix = "write true or false without quotes; if it means something else, rename it with data.columns or set data.format"
+        shown = f"label is {str(label)[:40]!r}" if isinstance(label, str) else f"label is {str(label)[:40]}"
+        text = f"{shown}, and it must say true or false: whether the answer is a good one"
+        raise DataError(text, where=row.where, fix=fix, code="label")
+    return replace(READERS[name][1](rest), format="labelled", fields=row.fields, label=label)
+
+
+# Conversations with one answer, which a label can judge.
+ONE_ANSWER: tuple[FormatName, ...] = ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer")
+# Order matters for detection only: the first format whose keys are all there is taken; with a label it is labelled.
 READERS: dict[FormatName, tuple[tuple[str, ...], Callable[[Row], Example]]] = {
     "preference": (("chosen", "rejected"), read_preference),
     "messages": (("messages",), read_messages),
@@ -231,12 +254,17 @@ READERS: dict[FormatName, tuple[tuple[str, ...], Callable[[Row], Example]]] = {
     "prompt_completion": (("prompt", "completion"), read_prompt_completion),
     "question_answer": (("question", "answer"), read_question_answer),
     "text": (("text",), read_text),
+    "labelled": (("label",), read_labelled),
 }
 
 
 def make_example(name: FormatName, row: Row, messages: tuple[Message, ...]) -> Example:
     """An example of a conversation, with the row's `system` and `tools`."""
     fields = row.fields
+    if type(fields.get("label")) is bool:
+        fix = "remove it, set data.format: auto, or rename it with data.columns if it means something else"
+        text = f"label says whether an answer is a good one, and format {name} does not look at it"
+        raise DataError(text, where=row.where, fix=fix, code="label")
     if "system" in fields and (system := check_optional_text(fields["system"], "system", row.where)):
         if messages[0]["role"] != "system":
             messages = ({"role": "system", "content": system}, *messages)
@@ -289,17 +317,19 @@ def detect_format(row: Row) -> FormatName:
 @lru_cache(maxsize=1024)
 def find_format(columns: tuple[str, ...]) -> FormatName | None:
     """The first format whose keys are among the columns; cached, for the rows of a file have the same ones."""
-    return next((name for name, (keys, _) in READERS.items() if set(keys) <= set(columns)), None)
+    known = (name for name, (keys, _) in READERS.items() if name != "labelled" and set(keys) <= set(columns))
+    found = next(known, None)
+    return "labelled" if found in ONE_ANSWER and "label" in columns else found
 
 
 def make_format_error(row: Row) -> DataError:
     """The complaint about columns of no known format, with a renaming that would help."""
-    shapes = "; ".join(f"{name}: {' + '.join(keys)}" for name, (keys, _) in READERS.items())
+    shapes = "; ".join(f"{name}: {' + '.join(keys)}" for name, (keys, _) in READERS.items() if name != "labelled")
     renamed = {OTHER_NAMES.get(name, name) for name in row.fields}
     guesses = [keys for keys, _ in READERS.values() if renamed.issuperset(keys)]
     wanted = {*guesses[0], *(("input",) if "instruction" in guesses[0] else ())} if guesses else set()
     pairs = [f"{old}: {new}" for old, new in OTHER_NAMES.items() if old in row.fields and new in wanted]
     example = f"data.columns: {{{', '.join(pairs)}}}, or " if pairs else ""
-    fix = f"{example}rename with data.columns to one of {shapes}"
+    fix = f"{example}rename with data.columns to one of {shapes}; labelled: one answer + label"
     message = f"no known format has the columns {', '.join(row.fields) or '(none)'}"
     return DataError(message, where=row.where, fix=fix, code="unknown-format")

@@ -25,6 +25,7 @@ from utils.metrics import (
     compare_losses,
     compare_scores,
     score_answers,
+    score_labels,
     score_preferences,
 )
 from utils.model_source import ModelSource
@@ -92,7 +93,10 @@ def evaluate_run(
             comparisons[name] = compare_losses(before.losses, after.losses, perplexity=name == "perplexity")
         elif name in PAIR_METRICS:
             tokens = count_answers(preflight.data.evaluation)
-            shares = [score_preferences(name, side.pairs, tokens, before.pairs) for side in (before, after)]
+            if name == "label_accuracy":
+                shares = [score_labels(side.pairs, tokens, before.pairs) for side in (before, after)]
+            else:
+                shares = [score_preferences(name, side.pairs, tokens, before.pairs) for side in (before, after)]
             comparisons[name] = compare_scores(*shares)
         else:
             scores = [score_answers(name, examples, side.answers) for side in (before, after)]
@@ -129,7 +133,8 @@ class Measurement:
     """What one model did; each part is empty unless a metric needs it.
 
     Attributes:
-        losses: sum of nats and learned tokens of each held-out row; of a pair, of its chosen answer.
+        losses: sum of nats and learned tokens of each held-out row; of a pair, of its chosen answer. Rows whose answer is
+            undesirable are left out.
         answers: generated answers, row by row.
         pairs: log-probability of both answers of each pair in nats, shape (pairs, 2).
     """
@@ -156,7 +161,9 @@ def measure(
         held_out = preflight.data.evaluation
         pairs = make_scorer(backend, model, preflight).score(held_out, f"Held-out pairs, {who} model")
         if recipe.reward is None:
-            losses = list(zip((-pairs[:, 0]).tolist(), count_answers(held_out)[:, 0].tolist(), strict=True))
+            tokens = count_answers(held_out)[:, 0]
+            is_there = tokens > 0
+            losses = list(zip((-pairs[is_there, 0]).tolist(), tokens[is_there].tolist(), strict=True))
     elif any(name in LOWER_IS_BETTER for name in metrics):
         losses = measure_losses(backend, model, preflight, size, f"Held-out loss of the {who} model")
     answers: list[str] = []

@@ -31,6 +31,8 @@ def fingerprint_example(example: Example, *, with_prompt: bool = False) -> tuple
     prompt = hash_text(" \0 ".join(turns[:-1])) if with_prompt else b""
     if example.rejected:
         turns.append(describe_turn(example.rejected[-1]))
+    if example.label is not None:  # two people who judge one answer differently are two rows
+        turns.append(f"label {example.label}")
     return prompt, hash_text(" \0 ".join(turns))
 
 

@@ -27,6 +27,7 @@ TITLES: dict[MetricName, str] = {
     "preference_accuracy": "preference accuracy (chosen answer preferred)",
     "preference_accuracy_per_token": "preference accuracy per token",
     "reward_accuracy": "reward accuracy (50 % before, by definition)",
+    "label_accuracy": "label accuracy (50 % before, by definition)",
 }
 Floats = npt.NDArray[np.float64]
 
@@ -94,6 +95,22 @@ def score_preferences(
         "reward_accuracy": log_probs - base_log_probs,
     }[metric]
     return [float(share) for share in (np.sign(scores[:, 0] - scores[:, 1]) + 1) / 2]
+
+
+def score_labels(log_probs: Floats, tokens: npt.NDArray[np.int64], base_log_probs: Floats) -> list[float]:
+    """Of each row the share of its answers that training moved the right way: desirable ones up, undesirable ones down.
+
+    A tie counts half, so the untouched model has 0.5 everywhere. A labelled row has one answer, a pair two: they are judged
+    one by one, where reward_accuracy would take a pair for right whose answers both fell.
+
+    Args:
+        log_probs: by the model in question, in nats, shape (rows, 2), chosen or desirable answers first.
+        tokens: of each answer, shape (rows, 2); 0 of one that is missing.
+        base_log_probs: by the untouched model.
+    """
+    is_there = tokens > 0
+    right = (np.sign((log_probs - base_log_probs) * np.array([1.0, -1.0])) + 1) / 2
+    return [float(share) for share in (right * is_there).sum(axis=1) / is_there.sum(axis=1)]
 
 
 def compare_scores(base: Sequence[float], tuned: Sequence[float]) -> Comparison:

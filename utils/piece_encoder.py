@@ -30,7 +30,8 @@ class EncodedExample:
         is_text: True for raw text, which may be cut at its end; an answer may not.
         branch_starts: of a pair, where its chosen and its rejected branch begin. The ids are the trunk (the prompt without
             its last token), then the two branches, each of which begins with a copy of the prompt's last token: what
-            predicts an answer's first token stands right before it, and the prompt stands there once. None for one answer.
+            predicts an answer's first token stands right before it, and the prompt stands there once. Of a labelled row one
+            branch has no token. None without branches.
         reference: of a pair, the untouched model's log-probability of each answer in nats; None where it is not known.
         mismatched: of a pair under KTO, its prompt with the answers of another row.
     """

@@ -108,7 +108,7 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     device = None if run else guess_device()
     apply_rules(loaded, Facts(recipe, family, device=device))
     scan = scan_rows(recipe.data, recipe.seed, loaded.find_origin)
-    apply_rules(loaded, Facts(recipe, family, formats=scan.formats))
+    apply_rules(loaded, Facts(recipe, family, formats=scan.all_formats, first_rows=scan.first_rows))
     check_metrics(loaded, scan)
     where, adapter_where = loaded.find_origin("model.name"), loaded.find_origin("model.adapter")
     source = find_model(recipe.model, where, with_weights=False, adapter_where=adapter_where)
@@ -201,6 +201,8 @@ def collect_rule_facts(
         learned_positions=has_learned_positions(source.config),
         vocabulary=resources.shape.vocabulary if resources.shape else None,
         largest_id=max(data.train.largest_id, evaluation.largest_id),
+        answers=data.train.answers,
+        held_out_answers=evaluation.answers,
         held_out_rows=len(evaluation),
         # A new model's windows have no prompt, and generation goes on beyond its context.
         longest_prompt=None
@@ -221,6 +223,10 @@ def check_metrics(loaded: LoadedRecipe, scan: RowScan) -> None:
         if example.text is not None:
             fix = "remove it from evaluation.metrics"
             raise DataError(f"{generated[0]} needs answers, and this row is raw text", where=example.where, fix=fix)
+        if example.label is False:
+            fix = "remove it from evaluation.metrics, or hold out rows with label true"
+            message = f"{generated[0]} needs good answers to compare with, and this row's has label false"
+            raise DataError(message, where=example.where, fix=fix)
         if "execution_accuracy" in metrics and not isinstance(example.fields.get("database"), str):
             fix = 'add "database": an SQL script that creates and fills the tables, or remove the metric'
             raise DataError("execution_accuracy needs a `database` in each held-out row", where=example.where, fix=fix)

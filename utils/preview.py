@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from utils.exceptions import Problem, RunError
-from utils.methods.pairs import split_pair
+from utils.methods.pairs import has_answers, split_pair
 from utils.piece_encoder import EncodedExample
 from utils.preflight import Preflight
 from utils.tokenizer_utils import TokenizerUtils
@@ -29,13 +29,16 @@ def print_first_example(preflight: Preflight) -> None:
 def print_example(example: EncodedExample, tokenizer: TokenizerUtils, title: str = "") -> None:
     """Prints one example with its learned part highlighted."""
     total = len(example.input_ids)
-    kind = "a pair of " if example.branch_starts else ""
+    answers = has_answers(example) if example.branch_starts else ()
+    kind = "a pair of " if answers and all(answers) else ""
     print(f"{title}{example.where}: {kind}{total} tokens, {example.supervised_tokens} learned (marked):")
-    if example.branch_starts is None:
+    if not answers:
         print(highlight(example, tokenizer, color=sys.stdout.isatty()))
         return
-    for name, side in zip(("chosen", "rejected"), split_pair(example), strict=True):
-        print(f"{name}: {highlight(side, tokenizer, color=sys.stdout.isatty())}")
+    names = ("chosen", "rejected") if all(answers) else ("desirable", "undesirable")
+    for name, side, is_there in zip(names, split_pair(example), answers, strict=True):
+        if is_there:
+            print(f"{name}: {highlight(side, tokenizer, color=sys.stdout.isatty())}")
 
 
 def highlight(example: EncodedExample, tokenizer: TokenizerUtils, *, color: bool) -> str:
@@ -60,7 +63,9 @@ def print_warnings(problems: Sequence[Problem]) -> None:
 def describe_example(example: EncodedExample, tokenizer: TokenizerUtils) -> dict[str, Any]:
     """An example for programs: its place, text, token ids and 0/1 for each token that is learned."""
     ids = example.input_ids.tolist()
-    branches = {"branch_starts": list(example.branch_starts)} if example.branch_starts else {}
+    branches: dict[str, Any] = {"branch_starts": list(example.branch_starts)} if example.branch_starts else {}
+    if branches and not all(answers := has_answers(example)):
+        branches["label"] = answers[0]
     return {
         "where": example.where,
         "text": tokenizer.tokenizer.decode(ids),
@@ -93,6 +98,7 @@ def collect_statistics(preflight: Preflight) -> dict[str, Any]:
             "p95": int(np.quantile(lengths, 0.95)),
             "longest": int(lengths.max()),
         },
+        **describe_answers(data.train.answers),
         "supervised_tokens": int(supervised.sum()),
         "supervised_share": round(float(supervised.sum() / lengths.sum()), 4),
         "histogram": [
@@ -100,6 +106,11 @@ def collect_statistics(preflight: Preflight) -> dict[str, Any]:
             for start, end, count in zip(bounds, bounds[1:], counts.tolist(), strict=False)
         ],
     }
+
+
+def describe_answers(answers: tuple[int, int]) -> dict[str, int]:
+    """Good and bad answers of rows with preferences or labels; nothing of others."""
+    return dict(zip(("desirable_answers", "undesirable_answers"), answers, strict=True)) if any(answers) else {}
 
 
 def print_statistics(statistics: dict[str, Any]) -> None:

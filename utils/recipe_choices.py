@@ -95,7 +95,7 @@ def choose_profile(rows: RowFacts) -> Profile:
     """The kind of answers that rows have, by their format."""
     if rows.runnable:
         return "code"
-    return "chat" if rows.formats & {"messages", "sharegpt", "preference"} else "instruction"
+    return "chat" if rows.formats & {"messages", "sharegpt", "preference", "labelled"} else "instruction"
 
 
 def choose_method(asked: str | None, rows: RowFacts) -> str:
@@ -105,16 +105,23 @@ def choose_method(asked: str | None, rows: RowFacts) -> str:
         DataError: the rows do not fit what is asked for, or no method fits.
     """
     has_pairs = "preference" in rows.formats
-    method = asked or ("dpo" if rows.are_pairs and "dpo" in METHODS else "sft")
-    if has_pairs and not rows.are_pairs:
-        message = "some rows have a chosen and a rejected answer, others have one answer"
+    usual = "sft" if not rows.are_preferences else "kto" if rows.have_labels else "dpo"
+    method = asked or (usual if usual in METHODS else "sft")
+    if (has_pairs or rows.have_labels) and not rows.are_preferences:
+        what = "a label" if rows.have_labels else "a chosen and a rejected answer"
+        message = f"some rows have {what}, others have one answer"
         fix = "put them into two files"
+    elif rows.have_labels and method != "kto":
+        message = (
+            f"the rows have one answer and a label that says whether it is good, and method {method} reads no label"
+        )
+        fix = "take --method kto"
     elif method == "sft" and has_pairs:
         methods = ", ".join(f"--method {name}" for name in METHODS if name != "sft")
         other = f"{methods}; or " if methods else ""
         message = "the rows have a chosen and a rejected answer, and method sft learns one answer"
         fix = f"{other}keep the chosen answers alone: write them as messages, or as prompt and completion"
-    elif method != "sft" and not has_pairs:
+    elif method != "sft" and not rows.are_preferences:
         message = f"method {method} learns from a chosen and a rejected answer, and the rows have one answer"
         fix = 'write rows as {"prompt": …, "chosen": …, "rejected": …}, or take --method sft'
     else:
@@ -219,7 +226,7 @@ def choose_length(rows: int, *, learns_pairs: bool) -> tuple[int, int, str]:
     """Epochs, examples per step, and why (docs/design.md, section 7)."""
     if learns_pairs:
         few = rows < FEW_ROWS
-        return (2, 8, "few pairs: two passes") if few else (1, 16, "one pass: pairs are learned by heart quickly")
+        return (2, 8, "few rows: two passes") if few else (1, 16, "one pass: preferences are learned by heart quickly")
     if rows < FEW_ROWS:
         return 8, 4, f"fewer than {FEW_ROWS} rows need 8 to 10 passes"
     if rows < MANY_ROWS:
@@ -254,6 +261,8 @@ def choose_answer_length(plan: Plan) -> Line:
 def choose_metrics(plan: Plan) -> list[str]:
     """`evaluation.metrics`: about answers where answers can be judged."""
     rows = plan.rows
+    if rows.have_labels:
+        return ["label_accuracy", "loss"]
     if plan.learns_pairs:
         return list(METHOD_METRICS[plan.method])
     if rows.has_text or plan.profile == "chat":

@@ -86,9 +86,14 @@ class RowFacts:
         return set(self.scan.formats)
 
     @property
-    def are_pairs(self) -> bool:
-        """True if every row has a chosen and a rejected answer."""
-        return self.formats == {"preference"}
+    def are_preferences(self) -> bool:
+        """True if every row has a chosen and a rejected answer, or one answer and its label."""
+        return bool(self.formats) and self.formats <= {"preference", "labelled"}
+
+    @property
+    def have_labels(self) -> bool:
+        """True if some row has one answer and its label."""
+        return "labelled" in self.formats
 
     @property
     def has_text(self) -> bool:

@@ -65,6 +65,8 @@ class RowScan:
         source_rows: rows of each source of `data.train`, in order.
         duplicates: rows of `data.train` that repeat an earlier one.
         features: `tools` and `thinking`, where some row of `data.train` has them.
+        evaluation_formats: rows of `data.eval` by format.
+        first_rows: place of the first row of each format, in either set.
     """
 
     train_rows: int
@@ -75,6 +77,13 @@ class RowScan:
     source_rows: tuple[int, ...] = ()
     duplicates: int = 0
     features: frozenset[str] = frozenset()
+    evaluation_formats: dict[str, int] = field(default_factory=dict)
+    first_rows: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def all_formats(self) -> dict[str, int]:
+        """Rows of both sets by format."""
+        return dict(Counter(self.formats) + Counter(self.evaluation_formats))
 
 
 @dataclass
@@ -86,6 +95,7 @@ class ScannedSet:
         prompts: 8 bytes a row, of the conversation without its answer.
         lines: 4 bytes a row.
         starts: index of each source's first row.
+        first_rows: place of the first row of each format.
     """
 
     sources: Sequence[RowSource]
@@ -95,6 +105,7 @@ class ScannedSet:
     starts: list[int] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     features: set[str] = field(default_factory=set)
+    first_rows: dict[str, str] = field(default_factory=dict)
 
     def find_place(self, index: int) -> str:
         """`file:line` of a row."""
@@ -143,6 +154,8 @@ def scan_rows(data: DataSection, seed: int, find_origin: Callable[[str], str]) -
         tuple(end - start for start, end in zip(train.starts, [*train.starts[1:], rows], strict=True)),
         groups.copies,
         frozenset(train.features),
+        dict(evaluation.formats),
+        evaluation.first_rows | train.first_rows,
     )
 
 
@@ -209,6 +222,7 @@ def add_example(scanned: ScannedSet, example: Example) -> None:
     scanned.prompts += prompt
     scanned.lines.append(int(example.where.rpartition(":")[2]))
     scanned.formats[example.format] += 1
+    scanned.first_rows.setdefault(example.format, example.where)
     if example.tools:
         scanned.features.add("tools")
     for message in example.messages:

@@ -35,7 +35,10 @@ class Facts:
         learned_positions: nothing lies beyond the last position.
         vocabulary: rows of the model's embedding.
         largest_id: of all tokens in both sets.
-        formats: training rows by format.
+        formats: rows by format.
+        first_rows: place of the first row of each format.
+        answers: training answers that are chosen or desirable, and rejected or undesirable; (0, 0) without preferences.
+        held_out_answers: the same of the rows that are never trained on.
         held_out_rows: rows that are never trained on.
         longest_prompt: tokens of the longest held-out prompt.
         steps: optimizer steps of the run.
@@ -56,12 +59,20 @@ class Facts:
     vocabulary: int | None = None
     largest_id: int | None = None
     formats: Mapping[str, int] = field(default_factory=dict)
+    first_rows: Mapping[str, str] = field(default_factory=dict)
+    answers: tuple[int, int] | None = None
+    held_out_answers: tuple[int, int] = (0, 0)
     held_out_rows: int | None = None
     longest_prompt: int | None = None
     steps: int | None = None
     tokens_per_step: float | None = None
     device: str | None = None
     cores: int = 1
+
+    @property
+    def holds_out_labels(self) -> bool:
+        """True if some held-out row has one answer and its label."""
+        return self.recipe.training.learns_pairs and sum(self.held_out_answers) < 2 * (self.held_out_rows or 0)
 
 
 def find_no_chat_template(facts: Facts) -> str | None:
@@ -115,12 +126,25 @@ def find_preference_rows(facts: Facts) -> str | None:
 
 
 def find_no_pairs(facts: Facts) -> str | None:
-    """Rows with one answer under a method that compares two."""
+    """Rows with one answer, of which nothing is known, under a method that learns from better and worse."""
     method = facts.recipe.training.method
-    single = sum(count for name, count in facts.formats.items() if name != "preference")
+    known = {"preference", "labelled"}
+    single = {name: count for name, count in facts.formats.items() if name not in known}
     if not facts.recipe.training.learns_pairs or not single:
         return None
-    return f"{single} rows have one answer, and method {method} needs a chosen and a rejected one in each"
+    first = next((f", the first in {facts.first_rows[name]}" for name in single if name in facts.first_rows), "")
+    needs = "a label, or a chosen and a rejected one" if method == "kto" else "a chosen and a rejected one in each"
+    return f"{sum(single.values())} rows have one answer{first}, and method {method} needs {needs}"
+
+
+def show_pair_rows(facts: Facts) -> str:
+    """What a row must look like."""
+    pair = '{"prompt": …, "chosen": …, "rejected": …}'
+    if facts.recipe.kto is not None:
+        return (
+            f'write each row as {{"prompt": …, "completion": …, "label": true}} or as {pair}, or leave the others out'
+        )
+    return f"write each row as {pair}, or set training.method: sft"
 
 
 def find_no_preference_metric(facts: Facts) -> str | None:
@@ -128,7 +152,7 @@ def find_no_preference_metric(facts: Facts) -> str | None:
     recipe = facts.recipe
     if not recipe.training.learns_pairs or set(recipe.evaluation.metrics) & set(PAIR_METRICS):
         return None
-    return "no metric of the report looks at the pairs"
+    return "no metric of the report looks at the pairs or labels"
 
 
 def find_reward_model(facts: Facts) -> str | None:

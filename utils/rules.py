@@ -13,6 +13,14 @@ from typing import Literal
 from config.recipe_io import LoadedRecipe
 from config.structured_config import Recipe
 from utils.exceptions import Problem, RecipeError
+from utils.label_checks import (
+    choose_weight,
+    find_imbalance,
+    find_labelled_rows,
+    find_no_desirable_answer,
+    find_one_label,
+    find_two_answer_metric,
+)
 from utils.rule_checks import (
     Facts,
     find_8bit_elsewhere,
@@ -35,6 +43,7 @@ from utils.rule_checks import (
     find_unknown_module,
     find_usual_rate,
     list_modules,
+    show_pair_rows,
 )
 
 
@@ -152,14 +161,51 @@ RULES = (
         "no-pairs",
         "data.train",
         find_no_pairs,
-        'write each row as {"prompt": …, "chosen": …, "rejected": …}, or set training.method: sft',
+        show_pair_rows,
     ),
+    Rule(
+        "error",
+        "labelled-rows",
+        "data.train",
+        find_labelled_rows,
+        lambda facts: (
+            "set training.method: kto"
+            if facts.recipe.training.learns_pairs
+            else "keep the rows with label true alone and remove their label, or set training.method: kto"
+        ),
+    ),
+    Rule(
+        "error",
+        "two-answer-metric",
+        "evaluation.metrics",
+        find_two_answer_metric,
+        "name label_accuracy instead, or hold out pairs",
+    ),
+    Rule(
+        "error",
+        "no-desirable-answer",
+        "evaluation.metrics",
+        find_no_desirable_answer,
+        "name label_accuracy alone, or hold out rows with label true",
+    ),
+    Rule(
+        "warning",
+        "one-label",
+        "data.train",
+        find_one_label,
+        "add rows with the other label; good answers alone are for training.method: sft",
+    ),
+    Rule("warning", "label-balance", "kto.desirable_weight", find_imbalance, choose_weight),
     Rule(
         "warning",
         "no-preference-metric",
         "evaluation.metrics",
         find_no_preference_metric,
-        "add preference_accuracy and reward_accuracy to evaluation.metrics",
+        lambda facts: (
+            "add label_accuracy to evaluation.metrics"
+            if facts.holds_out_labels
+            else "add preference_accuracy and reward_accuracy to evaluation.metrics"
+        ),
     ),
     Rule(
         "error",

@@ -16,6 +16,8 @@ from utils.file_lines import LONGEST_LINE, iterate_lines, make_line_problem
 # The first may be texts or lists of messages; the others are always lists.
 MESSAGE_COLUMNS = ("prompt", "completion", "chosen", "rejected")
 LIST_COLUMNS = ("messages", "conversations", "tools", "history")
+# A CSV file has no types: these are the ways in which programs and spreadsheets write the truth of a label.
+LABELS = {**dict.fromkeys(("true", "True", "TRUE"), True), **dict.fromkeys(("false", "False", "FALSE"), False)}
 ROWS_PER_BATCH = 1024
 
 
@@ -79,7 +81,10 @@ def make_csv_row(header: list[str], cells: list[str], where: str) -> Row | Probl
     if len(cells) != len(header):
         text = f"{len(cells)} cells under {len(header)} columns"
         return Problem("ragged-row", text, where, "put cells with commas into quotes")
-    return make_table_row({name: cell for name, cell in zip(header, cells, strict=True) if cell}, where)
+    fields: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+    if "label" in fields:
+        fields["label"] = LABELS.get(fields["label"], fields["label"])
+    return make_table_row(fields, where)
 
 
 def iterate_parquet(path: Path) -> Iterator[Row | Problem]:

@@ -108,6 +108,14 @@ class EncodedSet(Sequence[EncodedExample]):
         """Number of the source that each example came from, shape (examples,)."""
         return self._collect(lambda table: view_column(table.columns["source"], "i4"))
 
+    @property
+    def answers(self) -> tuple[int, int]:
+        """Chosen or desirable answers of its pairs, and rejected or undesirable ones."""
+        chosen = self._collect(lambda table: view_column(table.columns["chosen_start"], "i4"))
+        rejected = self._collect(lambda table: view_column(table.columns["rejected_start"], "i4"))
+        is_pair = chosen >= 0
+        return int((is_pair & (rejected > chosen)).sum()), int((is_pair & (self.lengths > rejected)).sum())
+
     def _collect(self, read: Callable[[TokenTable], Any]) -> npt.NDArray[np.int64]:
         """Joins a column of all tables and puts it into order."""
         parts = [np.asarray(read(table), dtype=np.int64) for table in self.tables]

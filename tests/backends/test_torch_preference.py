@@ -47,7 +47,7 @@ from utils.backends.torch_losses import (
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_preference import compute_pair_losses, estimate_reference_point, score_pairs
 from utils.backends.torch_step import TorchTrainStep
-from utils.batching import Batch, make_micro_batches, pad_rows, unroll_pairs
+from utils.batching import Batch, count_answer_tokens, make_micro_batches, pad_rows, unroll_pairs
 from utils.exceptions import TrainingError
 from utils.methods.pairs import join_pair, mismatch_pair, split_pair
 from utils.methods.preference import PreferenceWatch, ReferenceCache, Scorer
@@ -85,7 +85,11 @@ UNROLLED: dict[str, PreTrainedConfig] = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny random model of each architecture."""
-    root = tmp_path_factory.mktemp("models")
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+def save_models(root: Path) -> dict[str, Path]:
+    """Writes a tiny random model of each architecture."""
     for name, config in (SHARING | UNROLLED).items():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
@@ -469,8 +473,8 @@ def test_kto_losses_and_their_gradients_equal_those_of_trl(shift: float) -> None
     assert kto is not None
     divergences = torch.randn(16, generator=torch.Generator().manual_seed(5)).double() + shift
     reference = np.zeros((8, 2))
-    point = estimate_reference_point(divergences.view(8, 2).numpy(), reference)
-    ours = compute_kto_losses(terms, kto, point).mean()
+    point = estimate_reference_point(divergences.view(8, 2).numpy(), reference, np.ones((8, 2), dtype=np.int64))
+    ours = compute_kto_losses(terms, kto, point).sum() / 16
     theirs = run_trl_kto(terms, divergences, beta=0.2, desirable_weight=1.5, undesirable_weight=0.7)
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), abs=1e-9)
     gradients = [torch.autograd.grad(each, terms.policy)[0] for each in (ours, theirs)]
@@ -622,6 +626,7 @@ def test_a_measured_loss_is_that_of_the_step(folders: dict[str, Path]) -> None:
             reference=batch.reference,
             mismatched=score_pairs(model, [mismatched]) if mismatched else None,
             mismatched_reference=mismatched.reference if mismatched else None,
+            mismatched_tokens=count_answer_tokens(mismatched) if mismatched else None,
         )
         measured = torch_backend.compare_pairs(recipe, scores)
         result = TorchTrainStep(model, recipe).step([batch], 0.0)

@@ -142,6 +142,21 @@ RULES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"training": {"method": "dpo"}, "data": {"format": "preference"}},
     ),
     (
+        "data.format",
+        {"training": {"method": "dpo"}, "data": {"format": "labelled"}},
+        {"training": {"method": "kto"}, "data": {"format": "labelled"}},
+    ),
+    (
+        "evaluation.metrics",
+        {"evaluation": {"metrics": ["label_accuracy"]}},
+        {"training": {"method": "kto"}, "evaluation": {"metrics": ["label_accuracy"]}},
+    ),
+    (
+        "evaluation.metrics",
+        {"training": {"method": "orpo"}, "evaluation": {"metrics": ["label_accuracy"]}},
+        {"training": {"method": "dpo"}, "evaluation": {"metrics": ["label_accuracy"]}},
+    ),
+    (
         "evaluation.metrics",
         {"evaluation": {"metrics": ["preference_accuracy"]}},
         {"training": {"method": "dpo"}, "evaluation": {"metrics": ["preference_accuracy"]}},

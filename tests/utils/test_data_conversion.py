@@ -110,6 +110,11 @@ def test_columns_that_no_format_reads_travel_along() -> None:
 
 
 PREFERENCE = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
+LABELLED = {"prompt": "2 + 2?", "completion": "5", "label": False}
+
+
+def test_a_labelled_row_stays_as_it_is() -> None:
+    assert convert_example(read(LABELLED), "labelled") == LABELLED
 
 
 @pytest.mark.parametrize(
@@ -117,6 +122,13 @@ PREFERENCE = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
     [
         *(({"text": "Once"}, to, "no turns") for to in get_args(FormatName) if to != "text"),
         *((PREFERENCE, to, "rejected") for to in get_args(FormatName) if to != "preference"),
+        (LABELLED, "preference", "rejected"),
+        *(
+            (LABELLED, to, "its label would be lost")
+            for to in get_args(FormatName)
+            if to not in ("labelled", "preference")
+        ),
+        (CONVERSATIONS["one turn"], "labelled", "no label"),
         (CONVERSATIONS["one turn"], "preference", "rejected"),
         (CONVERSATIONS["one turn"], "text", "template"),
     ],

@@ -22,6 +22,7 @@ ROWS: dict[FormatName, dict[str, Any]] = {
     "alpaca": {"instruction": "Translate.", "input": "cheese", "output": "fromage"},
     "question_answer": {"question": "Who wrote it?", "answer": "Ada."},
     "text": {"text": "Once upon a time"},
+    "labelled": {"prompt": "2 + 2?", "completion": "5", "label": False},
 }
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "cheese"}}}
@@ -285,6 +286,57 @@ def test_a_null_column_of_another_format_does_not_decide_the_format(name: Format
 def test_preference_is_found_before_prompt_and_messages() -> None:
     # Zephyr's set has prompt, messages, chosen and rejected in each row.
     assert read({**ROWS["messages"], **ROWS["preference"], "completion": "4"}).format == "preference"
+
+
+ANSWERED = ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer")
+
+
+@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize("name", ANSWERED)
+def test_a_label_on_any_row_with_one_answer_makes_it_a_labelled_one(name: FormatName, label: bool) -> None:
+    # A bad answer was learned like a good one: its label was a column like any other.
+    fields = {**ROWS[name], "label": label}
+    plain, example = read(ROWS[name]), read(fields)
+    assert (example.format, example.label, example.fields) == ("labelled", label, fields)
+    assert (example.messages, example.prompt, example.answer) == (plain.messages, plain.prompt, plain.answer)
+    assert plain.label is None
+    assert read(fields, "labelled") == example
+
+
+def test_prompt_and_completion_of_a_labelled_row_may_be_lists_of_messages() -> None:
+    example = read({"prompt": [SYSTEM, USER], "completion": [ASSISTANT], "label": True, "tools": [TOOL]})
+    assert [message["role"] for message in example.messages] == ["system", "user", "assistant"]
+    assert (example.format, example.label, len(example.tools)) == ("labelled", True, 1)
+
+
+@pytest.mark.parametrize("name", ["auto", "labelled"])
+@pytest.mark.parametrize("label", [0, 1, 1.0, "true", "False", "yes", "", [True], "billing"])
+def test_a_label_that_is_not_true_or_false_is_refused_with_the_ways_out(label: Any, name: str) -> None:
+    problem = fail({**ROWS["messages"], "label": label}, name)
+    assert problem.code == "label"
+    assert str(label) in problem.message
+    assert "without quotes" in (problem.fix or "")
+    assert "data.columns" in (problem.fix or "")
+
+
+def test_a_row_whose_label_is_null_has_none() -> None:
+    assert read({**ROWS["messages"], "label": None}).format == "messages"
+
+
+@pytest.mark.parametrize("name", [*ANSWERED, "preference"])
+def test_a_named_format_that_would_not_look_at_a_label_refuses_it(name: FormatName) -> None:
+    assert fail({**ROWS[name], "label": False}, name).code == "label"
+    assert read({**ROWS[name], "label": "billing"}, name).format == name  # a column of the user's own
+
+
+def test_raw_text_may_have_a_class_called_label() -> None:
+    assert read({"text": "A fine film.", "label": 1}).format == "text"
+    assert fail({"text": "A fine film.", "label": True}, "labelled").code == "label"
+
+
+def test_a_label_without_an_answer_is_no_known_format() -> None:
+    assert fail({"sentence": "A fine film.", "label": True}).code == "unknown-format"
+    assert fail({"sentence": "A fine film.", "label": True}, "labelled").code == "unknown-format"
 
 
 @pytest.mark.parametrize(

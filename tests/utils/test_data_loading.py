@@ -296,6 +296,15 @@ def test_an_empty_cell_of_a_csv_file_is_absent(tmp_path: Path) -> None:
     assert load_rows(path)[0].fields == {"instruction": "Sing.", "output": "La"}
 
 
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [("true", True), ("True", True), ("TRUE", True), ("false", False), ("FALSE", False), ("yes", "yes"), ("1", "1")],
+)
+def test_the_label_of_a_csv_file_is_true_or_false_as_programs_write_it(tmp_path: Path, cell: str, value: Any) -> None:
+    path = write(tmp_path / "a.csv", f"prompt,completion,label\nTrue?,true,{cell}\n")
+    assert load_rows(path)[0].fields == {"prompt": "True?", "completion": "true", "label": value}
+
+
 @pytest.mark.parametrize("line", ["one", "one,2,3", 'one,"2"x', "one,\xff2"])
 def test_a_bad_line_of_a_csv_file_is_refused_with_its_number_and_the_others_are_read(tmp_path: Path, line: str) -> None:
     content = f"text,id\nfine,1\n{line}\nfine,3\n".encode("latin-1")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from config.structured_config import DataSection
-from utils.data_formats import read_preference
+from utils.data_formats import read_example, read_preference
 from utils.data_loading import Row
 from utils.exceptions import DataError
-from utils.methods.pairs import encode_pairs, join_pair, mismatch_pair, split_pair
+from utils.methods.pairs import encode_pairs, has_answers, join_pair, mark_answer, mismatch_pair, split_pair
 from utils.methods.sft import EncodingCounts
 from utils.model_source import ModelSource
 from utils.piece_encoder import EncodedExample
@@ -47,7 +47,7 @@ def encode(
     tokenizer: TokenizerUtils, rows: list[dict[str, Any]], **data: Any
 ) -> tuple[list[EncodedExample], EncodingCounts]:
     counts, problems = EncodingCounts(), ProblemLog()
-    examples = [read(fields, line) for line, fields in enumerate(rows, start=1)]
+    examples = [read_example(Row(fields, f"rows.jsonl:{line}"), "auto") for line, fields in enumerate(rows, start=1)]
     pairs = encode_pairs(examples, tokenizer, DataSection(train="unused", **data), counts, problems)
     problems.raise_if_any()
     return pairs, counts
@@ -155,3 +155,74 @@ def test_pairs_and_single_answers_come_back_from_the_cache_as_they_went_in(
         np.testing.assert_array_equal(got.input_ids, wrote.input_ids)
         np.testing.assert_array_equal(got.loss_mask, wrote.loss_mask)
     assert found.lengths.tolist() == [len(example.input_ids) for example in examples]
+
+
+LABELLED: list[dict[str, Any]] = [
+    {"prompt": ROWS[0]["prompt"], "completion": ROWS[0]["chosen"], "label": True},
+    {"prompt": ROWS[0]["prompt"], "completion": ROWS[0]["rejected"], "label": False},
+    {"messages": [*ROWS[1]["prompt"], {"role": "assistant", "content": "Blue."}], "label": False},
+]
+
+
+def test_a_labelled_row_is_a_pair_without_the_other_answer(tokenizer: TokenizerUtils) -> None:
+    (pair, *_), _ = encode(tokenizer, ROWS)
+    rows, counts = encode(tokenizer, LABELLED)
+    assert (counts.rows, counts.examples) == (3, 3)
+    assert [has_answers(row) for row in rows] == [(True, False), (False, True), (False, True)]
+    assert has_answers(pair) == (True, True)
+    for side, row in enumerate(rows[:2]):
+        whole = split_pair(pair)[side]
+        np.testing.assert_array_equal(row.input_ids, whole.input_ids)
+        np.testing.assert_array_equal(row.loss_mask, whole.loss_mask)
+        np.testing.assert_array_equal(split_pair(row)[side].input_ids, whole.input_ids)
+        assert row.path_length == len(row.input_ids)
+        assert row.supervised_tokens == whole.supervised_tokens
+        assert not split_pair(row)[1 - side].loss_mask.any()
+
+
+def test_only_the_last_answer_of_a_labelled_conversation_is_learned(tokenizer: TokenizerUtils) -> None:
+    row = encode(tokenizer, LABELLED)[0][2]
+    assert tokenizer.decode(row.input_ids[row.loss_mask]).startswith("Blue.")
+    assert row.branch_starts is not None
+    assert row.branch_starts[0] == row.branch_starts[1] == int(np.argmax(row.loss_mask)) - 1
+
+
+def test_labelled_rows_and_pairs_may_stand_in_any_order(tokenizer: TokenizerUtils) -> None:
+    mixed = [LABELLED[2], ROWS[0], LABELLED[0], ROWS[1], LABELLED[1]]
+    together = encode(tokenizer, mixed)[0]
+    apart = [encode(tokenizer, [fields])[0][0] for fields in mixed]
+    assert [row.where for row in together] == [f"rows.jsonl:{line}" for line in range(1, 6)]
+    for one, other in zip(together, apart, strict=True):
+        assert one.branch_starts == other.branch_starts
+        np.testing.assert_array_equal(one.input_ids, other.input_ids)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_truncation_cuts_the_prompt_of_a_labelled_row_and_never_its_answer(
+    tokenizer: TokenizerUtils, label: bool
+) -> None:
+    fields = {**LABELLED[0], "label": label}
+    ((whole,), _) = encode(tokenizer, [fields])
+    ((cut,), counts) = encode(tokenizer, [fields], max_length=whole.path_length - 5, overlong="truncate")
+    assert (counts.cut, len(cut.input_ids), has_answers(cut)) == (1, len(whole.input_ids) - 5, has_answers(whole))
+    np.testing.assert_array_equal(cut.input_ids, whole.input_ids[5:])
+    assert cut.supervised_tokens == whole.supervised_tokens
+    long = {**fields, "completion": "It is four, as far as I know."}
+    assert encode(tokenizer, [long], max_length=8, overlong="truncate")[1].dropped == 1
+
+
+def test_a_labelled_answer_without_a_prompt_is_no_row() -> None:
+    alone = EncodedExample(np.array([4, 5]), np.array([True, True]), "x:1")
+    assert mark_answer(alone, is_desirable=True) is None
+
+
+def test_the_answers_of_an_encoded_set_are_counted_on_either_side(tokenizer: TokenizerUtils, tmp_path: Path) -> None:
+    examples = encode(tokenizer, [*ROWS, *LABELLED])[0]
+    single = EncodedExample(np.array([5, 6, 7]), np.array([False, True, True]), "rows.jsonl:9")
+    with TokenWriter(tmp_path / "train.arrow") as writer:
+        writer.write([*examples, single], 0)
+    found = read_tokens(tmp_path / "train.arrow")
+    assert found.answers == (3, 4)
+    assert found[:2].answers == (2, 2)
+    assert found[5:].answers == (0, 0)
+    assert [found[index].branch_starts for index in range(6)] == [*(one.branch_starts for one in examples), None]

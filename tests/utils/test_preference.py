@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from utils.metrics import compare_scores, score_preferences
+from utils.metrics import compare_scores, score_labels, score_preferences
 
 BASE = np.array([[-10.0, -20.0], [-30.0, -12.0], [-8.0, -8.0]])
 TUNED = np.array([[-11.0, -25.0], [-20.0, -21.0], [-9.0, -8.0]])
@@ -31,3 +31,14 @@ def test_the_untouched_model_has_a_reward_accuracy_of_one_half() -> None:
     comparison = compare_scores(*sides)
     assert comparison.base == 0.5
     assert comparison.tuned == 2 / 3
+
+
+def test_label_accuracy_asks_of_each_answer_whether_it_moved_the_right_way() -> None:
+    tokens = np.array([[5, 0], [0, 3], [4, 4], [4, 0]])
+    base = np.array([[-10.0, 0.0], [0.0, -12.0], [-8.0, -8.0], [-3.0, 0.0]])
+    tuned = np.array([[-9.0, 0.0], [0.0, -11.0], [-9.0, -20.0], [-3.0, 0.0]])
+    # Up as it should be; up though undesirable; of a pair both fell, which is right for one; not moved at all.
+    assert score_labels(tuned, tokens, base) == [1.0, 0.0, 0.5, 0.5]
+    assert score_labels(base, tokens, base) == [0.5, 0.5, 0.5, 0.5]
+    # A pair whose answers both fell is right as a pair.
+    assert score_preferences("reward_accuracy", tuned[2:3], tokens[2:3], base[2:3]) == [1.0]

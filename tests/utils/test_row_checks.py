@@ -133,6 +133,44 @@ def test_pairs_that_differ_in_the_rejected_answer_are_no_copies() -> None:
     assert prints[0][0] == prints[1][0]
 
 
+def test_two_labels_on_one_answer_are_no_copies_but_one_prompt() -> None:
+    # --deduplicate would otherwise keep the first opinion and drop the other in silence.
+    rows = [
+        {"prompt": "a", "completion": "b", **label}
+        for label in ({"label": True}, {"label": False}, {}, {"label": True})
+    ]
+    prints = [fingerprint_example(read_example(Row(row, "x:1"), "auto"), with_prompt=True) for row in rows]
+    assert prints[0] == prints[3]
+    assert len({whole for _, whole in prints}) == 3
+    pair = read_example(Row({"prompt": "a", "chosen": "b", "rejected": "c"}, "x:1"), "auto")
+    assert {prompt for prompt, _ in prints} == {fingerprint_example(pair, with_prompt=True)[0]}
+
+
+def test_a_labelled_row_in_both_sets_stops_the_run(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {n}.", "completion": f"{n}", "label": n % 2 == 0} for n in range(30)]
+    train = write(tmp_path / "a.jsonl", rows[:20])
+    evaluation = write(tmp_path / "b.jsonl", rows[19:])
+    assert [problem.code for problem in fail(train, evaluation)] == ["leakage"]
+
+
+def test_answers_to_one_prompt_that_are_judged_differently_are_held_out_together(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {n // 2}.", "completion": f"{n}", "label": n % 2 == 0} for n in range(60)]
+    found = scan(write(tmp_path / "a.jsonl", rows))
+    assert {index ^ 1 for index in found.held_out} == found.held_out
+    assert found.formats == {"labelled": 60}
+
+
+def test_the_formats_of_both_sets_and_their_first_rows_are_known(tmp_path: Path) -> None:
+    labelled = [{"prompt": f"Say {n}.", "completion": f"{n}", "label": True} for n in range(12)]
+    train = write(tmp_path / "a.jsonl", [*labelled, {"prompt": "Say it.", "completion": "it"}])
+    evaluation = write(tmp_path / "b.jsonl", [make_row(n) for n in range(5)])
+    found = scan(train, evaluation)
+    assert found.formats == {"labelled": 12, "prompt_completion": 1}
+    assert found.all_formats == {"labelled": 12, "prompt_completion": 1, "question_answer": 5}
+    places = {"labelled": f"{train}:1", "prompt_completion": f"{train}:13", "question_answer": f"{evaluation}:1"}
+    assert found.first_rows == places
+
+
 def test_calls_that_differ_in_their_arguments_are_no_copies() -> None:
     prints = set()
     for word in ("cheese", "bread"):

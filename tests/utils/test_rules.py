@@ -67,6 +67,7 @@ DPO: dict[str, Any] = {
     "evaluation": {"metrics": ("preference_accuracy",)},
 }
 
+KTO: dict[str, Any] = {"training": {"method": "kto"}, "evaluation": {"metrics": ("label_accuracy",)}}
 GPT2 = find_family("gpt2")
 BROKEN: list[tuple[str, str, str, Facts]] = [
     ("error", "no-chat-template", "data.strategy", Facts(make_recipe(data={"strategy": "chat"}), family=GPT2)),
@@ -109,6 +110,33 @@ BROKEN: list[tuple[str, str, str, Facts]] = [
     ),
     ("warning", "no-preference-metric", "evaluation.metrics", Facts(make_recipe(training={"method": "orpo"}))),
     ("error", "reward-model", "model.name", Facts(make_recipe(), is_reward=True)),
+    ("error", "no-pairs", "data.train", Facts(make_recipe(**KTO), formats={"labelled": 3, "messages": 5})),
+    ("error", "labelled-rows", "data.train", Facts(make_recipe(), formats={"labelled": 3, "messages": 5})),
+    ("error", "labelled-rows", "data.train", Facts(make_recipe(**DPO), formats={"labelled": 3, "preference": 5})),
+    ("error", "labelled-rows", "data.train", Facts(make_recipe(data={"format": "labelled"}))),
+    (
+        "error",
+        "two-answer-metric",
+        "evaluation.metrics",
+        Facts(
+            make_recipe(training={"method": "kto"}, evaluation={"metrics": ("reward_accuracy",)}),
+            held_out_answers=(4, 5),
+            held_out_rows=6,
+        ),
+    ),
+    (
+        "error",
+        "no-desirable-answer",
+        "evaluation.metrics",
+        Facts(
+            make_recipe(training={"method": "kto"}, evaluation={"metrics": ("label_accuracy", "loss")}),
+            held_out_answers=(0, 6),
+            held_out_rows=6,
+        ),
+    ),
+    ("warning", "one-label", "data.train", Facts(make_recipe(**KTO), answers=(9, 0))),
+    ("warning", "label-balance", "kto.desirable_weight", Facts(make_recipe(**KTO), answers=(10, 20))),
+    ("warning", "label-balance", "kto.desirable_weight", Facts(make_recipe(**KTO), answers=(20, 14))),
     ("error", "raw-text", "data.strategy", Facts(make_recipe(data={"strategy": "chat"}), formats={"text": 1})),
     (
         "error",
@@ -195,6 +223,47 @@ def test_every_rule_and_range_is_broken_by_a_test() -> None:
     broken = {row[:3] for row in BROKEN}
     assert {(rule.severity, rule.code, rule.key) for rule in RULES} <= broken
     assert {("warning", "unusual-value", usual.key) for usual in RANGES} <= broken
+
+
+@pytest.mark.parametrize("answers", [(10, 20), (20, 10), (99, 100), (3, 1), (7, 500)])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (2.5, 0.4)])
+def test_each_proposed_weight_of_a_label_brings_the_balance_into_its_range(
+    answers: tuple[int, int], weights: tuple[float, float]
+) -> None:
+    kto = {"desirable_weight": weights[0], "undesirable_weight": weights[1]}
+    facts = Facts(
+        Recipe.model_validate({**make_recipe(**KTO).model_dump(exclude_unset=True), "kto": kto}), answers=answers
+    )
+    for problem in find_problems(facts, str):
+        assert problem.message.startswith(f"{answers[0]} desirable answers weigh ")
+        assert f"as much as {answers[1]} undesirable" in problem.message
+        for proposal in (problem.fix or "").removeprefix("set ").split(", or "):
+            key, _, value = proposal.removeprefix("kto.").partition(": ")
+            changed = {**kto, key: float(value)}
+            balance = changed["desirable_weight"] * answers[0] / (changed["undesirable_weight"] * answers[1])
+            assert 1.0 <= balance <= 4 / 3
+    balance = weights[0] * answers[0] / (weights[1] * answers[1])
+    assert bool(find_problems(facts, str)) == (not 0.99 <= balance <= 1.34)
+
+
+def test_pairs_have_a_balance_too_and_equal_weights_are_right() -> None:
+    assert find_problems(Facts(make_recipe(**KTO), answers=(50, 50)), str) == []
+
+
+def test_the_first_row_without_a_label_is_named() -> None:
+    facts = Facts(
+        make_recipe(**KTO), formats={"labelled": 9, "prompt_completion": 2}, first_rows={"prompt_completion": "x:4"}
+    )
+    (problem,) = find_problems(facts, str)
+    assert "2 rows have one answer, the first in x:4" in problem.message
+    assert '"label": true' in (problem.fix or "")
+
+
+def test_bad_answers_are_never_learned_like_good_ones_and_the_error_says_what_to_do() -> None:
+    (problem,) = find_problems(Facts(make_recipe(), formats={"labelled": 3}), str)
+    assert "method sft would learn bad answers like good ones" in problem.message
+    assert "label true" in (problem.fix or "")
+    assert "training.method: kto" in (problem.fix or "")
 
 
 def test_rules_point_at_keys_of_the_schema_and_have_names_of_their_own() -> None:

@@ -32,12 +32,15 @@ class StepResult:
     """What one optimizer step measured.
 
     Attributes:
-        loss: mean negative log-likelihood of the step's supervised tokens, in nats; of pairs, their mean loss.
+        loss: mean negative log-likelihood of the step's supervised tokens, in nats; of pairs, or under KTO of answers, their
+            mean loss.
         gradient_norm: L2 norm over all trainable tensors, before clipping.
         tokens: real tokens, padding not counted; of a pair the prompt counts once.
         supervised_tokens: tokens that are learned.
-        pairs: pairs that the loss is a mean over; 0 where it is a mean over the supervised tokens.
-        numbers: what a method measures besides, by name: `margin`, `accuracy`, `chosen_reward`, `rejected_reward` of pairs.
+        pairs: pairs, or under KTO answers, that the loss is a mean over; 0 where it is a mean over the supervised tokens.
+        numbers: what a method measures besides, by name: `margin`, `accuracy`, `chosen_reward`, `rejected_reward` of pairs,
+            without those that the step has no answer for.
+        answers: of pairs, chosen or desirable answers of the step, and rejected or undesirable ones.
     """
 
     loss: float
@@ -46,6 +49,7 @@ class StepResult:
     supervised_tokens: int
     pairs: int = 0
     numbers: dict[str, float] = field(default_factory=dict)
+    answers: tuple[int, int] = (0, 0)
 
     @property
     def terms(self) -> int:
@@ -59,9 +63,9 @@ class PairScores:
 
     Attributes:
         policy: by the model in question.
-        tokens: learned tokens of each answer.
+        tokens: learned tokens of each answer; 0 where a labelled row has none.
         reference: by the reference; None for methods without one.
-        mismatched, mismatched_reference: under KTO, of the same prompts with the answers of other rows.
+        mismatched, mismatched_reference, mismatched_tokens: under KTO, of the same prompts with the answers of other rows.
     """
 
     policy: npt.NDArray[np.float64]
@@ -69,6 +73,7 @@ class PairScores:
     reference: npt.NDArray[np.float64] | None = None
     mismatched: npt.NDArray[np.float64] | None = None
     mismatched_reference: npt.NDArray[np.float64] | None = None
+    mismatched_tokens: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ class Backend(Protocol):
         """A reward model's reward of each row, in order, shape (rows,)."""
 
     def compare_pairs(self, recipe: Recipe, scores: PairScores) -> dict[str, float]:
-        """`loss`, `margin`, `accuracy`, `chosen_reward`, `rejected_reward`: means over the pairs, as a step computes them."""
+        """`loss`, `margin`, `accuracy`, `chosen_reward`, `rejected_reward`, each averaged as a training step does."""
 
     def compute_logits(self, model: Any, batch: Batch) -> npt.NDArray[np.float32]:
         """Logits at every real position, shape (tokens, vocabulary); of a reward model the rewards there and 0, (tokens, 2)."""

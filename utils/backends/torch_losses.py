@@ -23,7 +23,7 @@ class PairTerms:
     Attributes:
         policy: the trained model's log-probability of an answer, the sum over its tokens, in nats; or the reward that a
             reward model gives it.
-        tokens: of the answer.
+        tokens: of the answer; an answer of none is missing, as a labelled row lacks one, and its log-probabilities are 0.
         reference: the reference's log-probability; None where the method needs none.
     """
 
@@ -104,7 +104,10 @@ def build_tree_mask(segments: torch.Tensor) -> torch.Tensor:
 
 
 def compute_pair_log_probs(model: TorchModel, batch: Batch) -> torch.Tensor:
-    """Log-probability of both answers of each pair: the sum over their tokens, in nats, float32, shape (pairs, 2)."""
+    """Log-probability of both answers of each pair: the sum over their tokens, in nats, float32, shape (pairs, 2).
+
+    Of an answer that is missing it is 0, without gradient.
+    """
     parts = compute_token_losses(model, batch).split(count_answer_tokens(batch).reshape(-1).tolist())
     return -torch.stack([part.sum() for part in parts]).view(-1, 2)
 
@@ -136,15 +139,20 @@ def compute_ipo_losses(pairs: PairTerms, dpo: DpoSection) -> torch.Tensor:
 
 
 def compute_kto_losses(pairs: PairTerms, kto: KtoSection, reference_point: float) -> torch.Tensor:
-    """KTO (arXiv 2402.01306, equation 8), shape (pairs,): the mean of the chosen and the rejected answer of each pair.
+    """KTO (arXiv 2402.01306, equation 8), shape (pairs,): the sum over the answers of each row, for a mean over all answers.
+
+    TRL's `KTOTrainer` has the same formula. It averages over each micro-batch, and its micro-batches over the step, so that
+    an answer's weight depends on how the step was cut; here it does not.
 
     Args:
         reference_point: z0, the clamped estimate of the divergence from the reference over the step, without gradient.
     """
+    is_there = (pairs.tokens > 0).to(pairs.policy)
+    good, bad = (is_there * is_there.new_tensor([kto.desirable_weight, kto.undesirable_weight])).unbind(1)
     chosen, rejected = pairs.ratios.unbind(1)
     gain = 1 - torch.sigmoid(kto.beta * (chosen - reference_point))
     loss = 1 - torch.sigmoid(kto.beta * (reference_point - rejected))
-    return (kto.desirable_weight * gain + kto.undesirable_weight * loss) / 2
+    return good * gain + bad * loss
 
 
 def compute_orpo_losses(pairs: PairTerms, orpo: OrpoSection) -> torch.Tensor:

@@ -68,7 +68,7 @@ class TokenObjective:
 
 
 class PairObjective:
-    """DPO, KTO, ORPO and reward models: a mean over the pairs of the step."""
+    """DPO, ORPO and reward models: a mean over the pairs of the step; KTO: over its answers."""
 
     def __init__(self, model: TorchModel, recipe: Recipe) -> None:
         """Switches the model's own dropout off, and copies the model where the recipe asks for a second one."""
@@ -95,11 +95,14 @@ class PairObjective:
         if self.recipe.kto is not None:
             mismatched = [batch.mismatched for batch in micro_batches if batch.mismatched is not None]
             policy = score_pairs(self.model, mismatched)
-            self.reference_point = estimate_reference_point(policy, collect_references(mismatched))
+            tokens = np.concatenate([count_answer_tokens(batch) for batch in mismatched])
+            self.reference_point = estimate_reference_point(policy, collect_references(mismatched), tokens)
         return micro_batches
 
     def count(self, micro_batches: Sequence[Batch]) -> int:
-        """Pairs."""
+        """Pairs, or under KTO answers."""
+        if self.recipe.kto is not None:
+            return sum(sum(batch.answers) for batch in micro_batches)
         return sum(len(batch.lengths) for batch in micro_batches)
 
     def compute(self, batch: Batch) -> tuple[torch.Tensor, Numbers]:
@@ -141,7 +144,7 @@ def judge_pairs(model: TorchModel, batch: Batch) -> torch.Tensor:
 
 
 def compute_pair_losses(recipe: Recipe, pairs: PairTerms, reference_point: float) -> torch.Tensor:
-    """The recipe's loss of each pair, shape (pairs,)."""
+    """The recipe's loss of each pair, shape (pairs,); under KTO the sum over its answers."""
     if recipe.kto is not None:
         return compute_kto_losses(pairs, recipe.kto, reference_point)
     if recipe.orpo is not None:
@@ -166,15 +169,33 @@ def find_rewards(recipe: Recipe, pairs: PairTerms) -> torch.Tensor:
 
 
 def sum_rewards(recipe: Recipe, pairs: PairTerms) -> Numbers:
-    """Sums over the pairs: margin, both rewards, and pairs whose chosen answer has the larger one; a tie counts half."""
+    """Sums over the pairs: both rewards, and pairs whose chosen answer has the larger one; a tie counts half.
+
+    A missing answer has the reward 0. So a labelled row is right where its reward lies on the right side of 0.
+    """
     rewards = find_rewards(recipe, pairs).detach()
     margins = rewards[:, 0] - rewards[:, 1]
     return {
-        "margin": float(margins.sum()),
         "accuracy": float((margins.sign() + 1).sum() / 2),
         "chosen_reward": float(rewards[:, 0].sum()),
         "rejected_reward": float(rewards[:, 1].sum()),
     }
+
+
+def average_rewards(sums: Numbers, pairs: int, answers: tuple[int, int]) -> Numbers:
+    """What is logged of `sum_rewards`: shares of rows, means over answers; what there is no answer for is left out.
+
+    Args:
+        pairs: rows that were summed over.
+        answers: chosen or desirable ones of them, and rejected or undesirable ones.
+
+    Returns:
+        `margin` (the difference of the two mean rewards), `accuracy`, `chosen_reward`, `rejected_reward`.
+    """
+    names = ("chosen_reward", "rejected_reward")
+    rewards = {name: sums[name] / count for name, count in zip(names, answers, strict=True) if count}
+    margin = {"margin": rewards["chosen_reward"] - rewards["rejected_reward"]} if all(answers) else {}
+    return {**margin, "accuracy": sums["accuracy"] / pairs, **rewards}
 
 
 def score_pairs(
@@ -201,13 +222,23 @@ def collect_references(batches: Sequence[Batch]) -> npt.NDArray[np.float64]:
     return np.concatenate([np.zeros((0, 2)), *(batch.reference for batch in batches if batch.reference is not None)])
 
 
-def estimate_reference_point(policy: npt.NDArray[np.float64], reference: npt.NDArray[np.float64]) -> float:
-    """KTO's z0 in nats: the mean log-ratio over mismatched answers, never below 0 (arXiv 2402.01306, section 4)."""
-    return max(0.0, float((policy - reference).mean()))
+def estimate_reference_point(
+    policy: npt.NDArray[np.float64], reference: npt.NDArray[np.float64], tokens: npt.NDArray[np.int64]
+) -> float:
+    """KTO's z0 in nats: the mean log-ratio over mismatched answers, never below 0 (arXiv 2402.01306, section 4).
+
+    The paper and TRL mismatch the answers of one micro-batch among each other; here the partner of a row is fixed for the
+    whole run, so that the reference is computed once, and the mean goes over all micro-batches of the step.
+
+    Args:
+        policy, reference: log-probabilities, each of shape (pairs, 2).
+        tokens: of each mismatched answer; those of none are missing and do not count.
+    """
+    return max(0.0, float((policy - reference)[tokens > 0].mean()))
 
 
 def compare_pairs(recipe: Recipe, scores: PairScores) -> dict[str, float]:
-    """Loss, margin, accuracy and rewards of scored pairs, each a mean over the pairs, by the formulas of the training step.
+    """Loss, margin, accuracy and rewards of scored pairs, by the formulas of the training step.
 
     Raises:
         RunError: there are no pairs.
@@ -221,7 +252,10 @@ def compare_pairs(recipe: Recipe, scores: PairScores) -> dict[str, float]:
     if recipe.kto is not None:
         assert scores.mismatched is not None
         assert scores.mismatched_reference is not None
-        point = estimate_reference_point(scores.mismatched, scores.mismatched_reference)
+        assert scores.mismatched_tokens is not None
+        point = estimate_reference_point(scores.mismatched, scores.mismatched_reference, scores.mismatched_tokens)
     pairs = PairTerms(policy, torch.from_numpy(scores.tokens).to(policy), reference)
-    loss = float(compute_pair_losses(recipe, pairs, point).mean())
-    return {"loss": loss, **{name: value / len(policy) for name, value in sum_rewards(recipe, pairs).items()}}
+    chosen, rejected = (scores.tokens > 0).sum(axis=0).tolist()
+    loss = float(compute_pair_losses(recipe, pairs, point).sum())
+    count = chosen + rejected if recipe.kto is not None else len(policy)
+    return {"loss": loss / count, **average_rewards(sum_rewards(recipe, pairs), len(policy), (chosen, rejected))}

@@ -13,7 +13,7 @@ from config.structured_config import Recipe
 from utils.backends import StepResult
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_optimizer import attach_noise, build_optimizer, enable_checkpointing, set_learning_rate
-from utils.backends.torch_preference import Numbers, make_objective
+from utils.backends.torch_preference import Numbers, average_rewards, make_objective
 from utils.batching import Batch
 from utils.exceptions import TrainingError
 
@@ -37,8 +37,8 @@ class TorchTrainStep:
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Takes one optimizer step.
 
-        The loss is the sum over all supervised tokens (or pairs) of the step divided by their number, so the result does not
-        depend on how the step was cut into micro-batches.
+        The loss is the sum over all supervised tokens (or pairs, or answers) of the step divided by their number, so the
+        result does not depend on how the step was cut into micro-batches.
 
         Raises:
             TrainingError: loss or gradient is not finite; the weights are as they were before the step.
@@ -60,8 +60,12 @@ class TorchTrainStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
         tokens = sum(batch.tokens for batch in micro_batches)
-        numbers = {name: value / count for name, value in self.sums.items()}
-        return StepResult(loss, norm, tokens, supervised, pairs=count if numbers else 0, numbers=numbers)
+        if not self.sums:
+            return StepResult(loss, norm, tokens, supervised)
+        chosen, rejected = (sum(batch.answers[side] for batch in micro_batches) for side in (0, 1))
+        pairs = sum(len(batch.lengths) for batch in micro_batches)
+        numbers = average_rewards(self.sums, pairs, (chosen, rejected))
+        return StepResult(loss, norm, tokens, supervised, pairs=count, answers=(chosen, rejected), numbers=numbers)
 
     def _accumulate(self, micro_batches: Sequence[Batch], count: int) -> float:
         """Adds up gradients, loss and further sums over the micro-batches, always in their order, whoever finishes first."""

@@ -2,6 +2,9 @@
 
 A pair is one `EncodedExample`: trunk, chosen branch, rejected branch. What counts examples, lengths and supervised tokens
 works on pairs as on anything else; what computes (`utils/batching.py`, the back ends) looks at `branch_starts`.
+
+A labelled row is a pair that lacks an answer: a desirable answer is the chosen branch and an undesirable one the rejected
+branch, and the other branch has no token. An answer that is not there has log-probability 0 in every model.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from utils.tokenizer_utils import TokenizerUtils
 def encode_pairs(
     rows: Sequence[Example], tokenizer: TokenizerUtils, data: DataSection, counts: EncodingCounts, problems: ProblemLog
 ) -> list[EncodedExample]:
-    """Encodes preference rows and applies `data.overlong`, which never cuts an answer.
+    """Encodes preference and labelled rows and applies `data.overlong`, which never cuts an answer.
 
     Args:
         tokenizer: with `loss_on: last`, for the last answer is what differs.
@@ -33,27 +36,31 @@ def encode_pairs(
     Returns:
         One example for each pair that is kept, in order.
     """
-    sides = [replace(row, messages=messages, rejected=()) for row in rows for messages in (row.messages, row.rejected)]
-    encoded = iter(tokenizer.encode_batch(sides))
+    sides = [split_row(row) for row in rows]
+    encoded = iter(tokenizer.encode_batch([side for own in sides for side in own]))
     kept: list[EncodedExample] = []
-    for row in rows:
+    for row, own in zip(rows, sides, strict=True):
         counts.rows += 1
-        chosen, rejected = next(encoded), next(encoded)
-        broken = next((side for side in (chosen, rejected) if isinstance(side, DataError)), None)
-        if broken is not None:
-            for problem in broken.problems:
+        found = [next(encoded) for _ in own]
+        if broken := [side for side in found if isinstance(side, DataError)]:
+            for problem in broken[0].problems:
                 problems.add(problem)
             continue
-        assert isinstance(chosen, list)
-        assert isinstance(rejected, list)
-        pair = join_pair(chosen[-1], rejected[-1])
+        answers = [side[-1] for side in found if isinstance(side, list)]
+        pair = join_pair(*answers) if row.label is None else mark_answer(*answers, is_desirable=row.label)
         if pair is None:
             fix = "give the row a prompt, or set data.template to one that writes something before the answer"
-            problems.add(Problem("no-prompt", "nothing stands before the two answers", row.where, fix))
+            problems.add(Problem("no-prompt", "nothing stands before the answer", row.where, fix))
         else:
             kept += fit_row([pair], data, counts, problems, tokenizer.begin_token_id)
     counts.examples += len(kept)
     return kept
+
+
+def split_row(row: Example) -> list[Example]:
+    """The conversations of a row: with the chosen and with the rejected answer, or the one that has a label."""
+    conversations = (row.messages, row.rejected) if row.label is None else (row.messages,)
+    return [replace(row, messages=messages, rejected=()) for messages in conversations]
 
 
 def join_pair(chosen: EncodedExample, rejected: EncodedExample) -> EncodedExample | None:
@@ -78,8 +85,27 @@ def join_pair(chosen: EncodedExample, rejected: EncodedExample) -> EncodedExampl
     )
 
 
+def mark_answer(answer: EncodedExample, *, is_desirable: bool) -> EncodedExample | None:
+    """An encoded conversation as a pair without the other answer.
+
+    Returns:
+        None if not even one token comes before the answer.
+    """
+    trunk = int(np.argmax(answer.loss_mask)) - 1
+    if trunk < 0:
+        return None
+    return replace(answer, branch_starts=(trunk, len(answer.input_ids) if is_desirable else trunk))
+
+
+def has_answers(pair: EncodedExample) -> tuple[bool, bool]:
+    """Whether the chosen (or desirable) and the rejected (or undesirable) answer is there."""
+    assert pair.branch_starts is not None
+    chosen, rejected = pair.branch_starts
+    return rejected > chosen, len(pair.input_ids) > rejected
+
+
 def split_pair(pair: EncodedExample) -> tuple[EncodedExample, EncodedExample]:
-    """The two whole conversations of a pair, chosen first: what `join_pair` joined."""
+    """The two whole conversations of a pair, chosen first: what `join_pair` joined; the trunk alone for a missing answer."""
     assert pair.branch_starts is not None
     trunk, middle = pair.branch_starts
     ends = ((trunk, middle), (middle, len(pair.input_ids)))
@@ -92,13 +118,14 @@ def split_pair(pair: EncodedExample) -> tuple[EncodedExample, EncodedExample]:
 
 
 def mismatch_pair(pair: EncodedExample, other: EncodedExample) -> EncodedExample:
-    """The prompt of one pair with the answers of another: what KTO estimates its reference point on."""
+    """The prompt of one pair with the answers of another, as many as that has: what KTO estimates its reference point on."""
     assert pair.branch_starts is not None
     assert other.branch_starts is not None
     trunk, start = pair.branch_starts[0], other.branch_starts[0]
     ids, mask = other.input_ids[start:].copy(), other.loss_mask[start:]
-    for branch in other.branch_starts:
-        ids[branch - start] = pair.input_ids[trunk]  # each branch begins with the last token of its own prompt
+    for branch, is_there in zip(other.branch_starts, has_answers(other), strict=True):
+        if is_there:
+            ids[branch - start] = pair.input_ids[trunk]  # each branch begins with the last token of its own prompt
     return EncodedExample(
         np.concatenate([pair.input_ids[:trunk], ids]),
         np.concatenate([pair.loss_mask[:trunk], mask]),

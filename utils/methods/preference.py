@@ -1,4 +1,7 @@
-"""Learning from pairs: what the reference thinks of them, how they are scored, and whether a young run does what it should."""
+"""Learning from pairs: what the reference thinks of them, how they are scored, and whether a young run does what it should.
+
+A labelled row is a pair that lacks one of its answers (`utils/methods/pairs.py`); the scores of a missing answer are 0.
+"""
 
 from __future__ import annotations
 
@@ -195,13 +198,13 @@ def reference_pairs(recipe: Recipe, scorer: Scorer, cache: ReferenceCache, pairs
     if recipe.kto is None:
         return ReferencedPairs(pairs, reference, None)
     if len(pairs) < 2:
-        fix = "add rows, or set training.method: dpo"
-        raise DataError(f"KTO needs two {name} pairs or more", where=pairs[0].where, fix=fix, code="few-rows")
+        fix = "add rows: KTO compares each answer with one that belongs to another prompt"
+        raise DataError(f"KTO needs two {name} rows or more", where=pairs[0].where, fix=fix, code="few-rows")
     return ReferencedPairs(pairs, reference, cache.open(scorer, MismatchedPairs(pairs), f"mismatched {name}"))
 
 
 def count_answers(pairs: Pairs) -> npt.NDArray[np.int64]:
-    """Learned tokens of the chosen and the rejected answer of each pair, shape (pairs, 2)."""
+    """Learned tokens of the chosen and the rejected answer of each pair, shape (pairs, 2); 0 of an answer that is missing."""
     counts = []
     for pair in pairs:
         assert pair.branch_starts is not None
@@ -212,28 +215,34 @@ def count_answers(pairs: Pairs) -> npt.NDArray[np.int64]:
 
 def measure_held_out(recipe: Recipe, scorer: Scorer, held_out: ReferencedPairs) -> dict[str, float]:
     """Held-out `loss`, `margin`, `accuracy`, `chosen_reward`, `rejected_reward` of the model as it is now."""
-    mismatched = None
+    mismatched = mismatched_tokens = None
     if held_out.mismatched_reference is not None:
-        mismatched = scorer.score(MismatchedPairs(held_out.pairs), "Held-out reference point")
+        others = MismatchedPairs(held_out.pairs)
+        mismatched, mismatched_tokens = scorer.score(others, "Held-out reference point"), count_answers(others)
     scores = PairScores(
         policy=scorer.score(held_out.pairs, "Held-out loss"),
         tokens=count_answers(held_out.pairs),
         reference=held_out.reference,
         mismatched=mismatched,
         mismatched_reference=held_out.mismatched_reference,
+        mismatched_tokens=mismatched_tokens,
     )
     return scorer.backend.compare_pairs(recipe, scores)
 
 
-def compute_first_loss(recipe: Recipe) -> float | None:
-    """The loss of every pair before the first update, where policy and reference are one model and all rewards are 0.
+def compute_first_loss(recipe: Recipe, answers: tuple[int, int]) -> float | None:
+    """The loss before the first update, where policy and reference are one model and all rewards are 0.
+
+    Args:
+        answers: chosen or desirable ones of the first step, and rejected or undesirable ones: under KTO they weigh differently.
 
     Returns:
         ln 2 for the sigmoid loss, with label smoothing too; None for ORPO, which has no reference, and for a reward model,
         which may go on from rewards that it has.
     """
     if (kto := recipe.kto) is not None:
-        return (kto.desirable_weight + kto.undesirable_weight) / 4
+        good, bad = answers
+        return (kto.desirable_weight * good + kto.undesirable_weight * bad) / (2 * (good + bad))
     if (dpo := recipe.dpo) is not None:
         return {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 1 / (2 * dpo.beta) ** 2}[dpo.loss]
     return None
@@ -244,8 +253,8 @@ class PreferenceWatch:
 
     def __init__(self, recipe: Recipe, dtype: str) -> None:
         """Takes the recipe and the number format of the frozen weights."""
-        self.first_loss = compute_first_loss(recipe)
-        self.tolerance = ROUNDING.get(dtype, COARSE_ROUNDING) * max(1.0, self.first_loss or 0.0)
+        self.recipe = recipe
+        self.rounding = ROUNDING.get(dtype, COARSE_ROUNDING)
         self.starts_equal = recipe.orpo is None  # whose margins are not 0 before the first step
         self.largest_margin = 0.0
 
@@ -255,16 +264,19 @@ class PreferenceWatch:
         A first loss other than that of equal models means that the reference is another model, or that there is noise in
         one of the two.
         """
-        expected = self.first_loss
-        if step == 1 and expected is not None and abs(result.loss - expected) > self.tolerance:
+        expected = compute_first_loss(self.recipe, result.answers)
+        if step == 1 and expected is not None and abs(result.loss - expected) > self.rounding * max(1.0, expected):
             return (
                 f"the first loss is {result.loss:.6f}, and {expected:.6f} where the reference is this very model: "
                 "the reference is another one, and the margins start from a wrong place"
             )
-        self.largest_margin = max(self.largest_margin, abs(result.numbers["margin"]))
+        # A step whose answers all have one label has no margin: then it is their reward that must move.
+        numbers = result.numbers
+        moved = next(numbers[name] for name in ("margin", "chosen_reward", "rejected_reward") if name in numbers)
+        self.largest_margin = max(self.largest_margin, abs(moved))
         if self.starts_equal and step == YOUNG_STEPS and self.largest_margin < SMALLEST_MARGIN:
             return (
                 f"after {step} steps no margin exceeds {self.largest_margin:.1e}: nothing is learned yet; "
-                "raise training.learning_rate, or look at the two answers of the rows"
+                "raise training.learning_rate, or look at the answers of the rows"
             )
         return None
