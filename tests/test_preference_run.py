@@ -170,10 +170,12 @@ def test_rows_with_one_answer_are_refused_under_dpo_and_pairs_under_sft(tmp_path
         train.main(["--recipe", str(recipe), *plain])
 
 
-def test_kto_needs_another_answer_to_mismatch(tmp_path: Path, tiny_llama: Path) -> None:
+def test_kto_needs_an_answer_to_another_prompt_and_says_so_before_a_model_is_loaded(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, "kto", pairs=2)
-    with pytest.raises(DataError, match="two training rows"):
-        train.main(["--recipe", str(recipe), "--run", str(tmp_path / "run")])
+    with pytest.raises(DataError, match="training rows with two prompts"):
+        validate.main(["--recipe", str(recipe)])
 
 
 def write_labelled(folder: Path, model: Path, rows: list[dict[str, Any]] | None = None, **sections: Any) -> Path:

@@ -18,6 +18,7 @@ from utils.data_formats import Example
 from utils.exceptions import DataError, Problem, RecipeError
 from utils.logging import get_logger
 from utils.machine import guess_device
+from utils.methods.pairs import have_one_prompt
 from utils.model_shape import find_positions, has_learned_positions
 from utils.model_source import (
     EMBEDDED_MODELS,
@@ -148,6 +149,7 @@ def complete_preflight(
     device: str | None,
 ) -> Preflight:
     """Steps, resources and the rules over all that is known."""
+    check_prompts(loaded, data)
     plan = plan_run(loaded.recipe, len(data.train))
     if violations := list(find_cadence_violations(loaded.recipe.training, plan.total_steps)):
         places = [Problem("rule", v.message, loaded.find_origin(".".join(v.path)), v.fix) for v in violations]
@@ -230,6 +232,17 @@ def check_metrics(loaded: LoadedRecipe, scan: RowScan) -> None:
         if "execution_accuracy" in metrics and not isinstance(example.fields.get("database"), str):
             fix = 'add "database": an SQL script that creates and fills the tables, or remove the metric'
             raise DataError("execution_accuracy needs a `database` in each held-out row", where=example.where, fix=fix)
+
+
+def check_prompts(loaded: LoadedRecipe, data: PreparedData) -> None:
+    """KTO compares an answer with answers to other prompts, in training and in evaluation."""
+    if loaded.recipe.kto is None:
+        return
+    for name, pairs in (("training", data.train), ("held-out", data.evaluation)):
+        if len(pairs) and have_one_prompt(pairs):
+            fix = "add rows: KTO compares each answer with one that belongs to another prompt"
+            where = pairs[0].where
+            raise DataError(f"KTO needs {name} rows with two prompts or more", where=where, fix=fix, code="few-rows")
 
 
 def plan_run(recipe: Recipe, rows: int) -> RunPlan:

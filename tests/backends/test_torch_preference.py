@@ -155,7 +155,7 @@ def add_reference(folder: Path, recipe: Recipe, pairs: list[EncodedExample]) -> 
         scores = score_pairs(model, [pad_rows([example], PAD) for example in examples])
         return [replace(e, reference=tuple(row)) for e, row in zip(examples, scores.tolist(), strict=True)]
 
-    mismatched = score([mismatch_pair(pair, pairs[index - 1]) for index, pair in enumerate(pairs)])
+    mismatched = score([mismatch_pair(pair, pairs[index - 1], 999) for index, pair in enumerate(pairs)])
     known = score(pairs)
     if recipe.kto is None:
         return known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ from config.structured_config import DataSection
 from utils.data_formats import read_example, read_preference
 from utils.data_loading import Row
 from utils.exceptions import DataError
-from utils.methods.pairs import encode_pairs, has_answers, join_pair, mark_answer, mismatch_pair, split_pair
+from utils.methods.pairs import (
+    choose_partners,
+    encode_pairs,
+    has_answers,
+    have_one_prompt,
+    join_pair,
+    mark_answer,
+    mismatch_pair,
+    split_pair,
+)
 from utils.methods.sft import EncodingCounts
 from utils.model_source import ModelSource
 from utils.piece_encoder import EncodedExample
@@ -135,11 +145,33 @@ def test_an_overlong_pair_is_refused_with_its_place_unless_the_recipe_says_other
 def test_a_mismatched_pair_asks_one_prompt_and_gives_the_answers_of_another(tokenizer: TokenizerUtils) -> None:
     first, second = encode(tokenizer, ROWS)[0]
     for own, other, mixed in zip(
-        split_pair(first), split_pair(second), split_pair(mismatch_pair(first, second)), strict=True
+        split_pair(first), split_pair(second), split_pair(mismatch_pair(first, second, 999)), strict=True
     ):
         prompt, answer = own.input_ids[~own.loss_mask], other.input_ids[other.loss_mask]
         np.testing.assert_array_equal(mixed.input_ids, np.concatenate([prompt, answer]))
         np.testing.assert_array_equal(mixed.input_ids[mixed.loss_mask], answer)
+
+
+def test_a_mismatched_pair_that_is_too_long_loses_the_beginning_of_its_prompt(tokenizer: TokenizerUtils) -> None:
+    short, long = encode(tokenizer, ROWS)[0]
+    whole = mismatch_pair(long, short, 999)
+    limit = whole.path_length - 7
+    cut = mismatch_pair(long, short, limit)
+    assert cut.path_length == limit
+    for mixed, before in zip(split_pair(cut), split_pair(whole), strict=True):
+        np.testing.assert_array_equal(mixed.input_ids, np.delete(before.input_ids, np.s_[1:8]))
+        assert mixed.loss_mask.sum() == before.loss_mask.sum()
+
+
+def test_a_partner_has_another_prompt(tokenizer: TokenizerUtils) -> None:
+    first, second = encode(tokenizer, ROWS)[0]
+    third = encode(tokenizer, [{**ROWS[0], "prompt": "What is 3 + 3?"}])[0][0]
+    # Copies, as a weighted mixture has them, and two answers to one question in a row.
+    pairs = [first, first, second, third, third, third, first]
+    assert choose_partners(pairs).tolist() == [5, 5, 1, 2, 2, 2, 5]
+    assert not have_one_prompt(pairs)
+    other = replace(first, input_ids=np.append(first.input_ids, 9), loss_mask=np.append(first.loss_mask, True))
+    assert have_one_prompt([first, other])
 
 
 def test_pairs_and_single_answers_come_back_from_the_cache_as_they_went_in(

@@ -9,16 +9,18 @@ branch, and the other branch has no token. An answer that is not there has log-p
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from config.structured_config import DataSection
 from utils.data_formats import Example
 from utils.exceptions import DataError, Problem
 from utils.methods.sft import EncodingCounts, fit_row
-from utils.piece_encoder import EncodedExample
+from utils.piece_encoder import EncodedExample, cut_trunk
 from utils.row_checks import ProblemLog
 from utils.tokenizer_utils import TokenizerUtils
 
@@ -117,8 +119,41 @@ def split_pair(pair: EncodedExample) -> tuple[EncodedExample, EncodedExample]:
     return take(*ends[0]), take(*ends[1])
 
 
-def mismatch_pair(pair: EncodedExample, other: EncodedExample) -> EncodedExample:
-    """The prompt of one pair with the answers of another, as many as that has: what KTO estimates its reference point on."""
+def read_prompt(pair: EncodedExample) -> bytes:
+    """The tokens of a pair's prompt, for comparisons."""
+    assert pair.branch_starts is not None
+    return pair.input_ids[: pair.branch_starts[0]].tobytes()
+
+
+def have_one_prompt(pairs: Sequence[EncodedExample]) -> bool:
+    """True if no pair has another prompt than the first one; the rest is not read as soon as one has."""
+    first = read_prompt(pairs[0])
+    return all(read_prompt(pair) == first for pair in pairs)
+
+
+def choose_partners(pairs: Sequence[EncodedExample]) -> npt.NDArray[np.int64]:
+    """For each pair the index of the nearest one before it, round the end, that has another prompt; shape (pairs,).
+
+    Copies of a row, which a weighted mixture has, and other answers to the same prompt are no mismatch.
+    """
+    prompts = [hashlib.blake2b(read_prompt(pair), digest_size=8).digest() for pair in pairs]
+    count = len(prompts)
+    partners = np.empty(count, dtype=np.int64)
+    other = next(index for index in range(count - 1, -1, -1) if prompts[index] != prompts[0])
+    for index in range(count):
+        if prompts[index] != prompts[index - 1]:
+            other = (index - 1) % count
+        partners[index] = other
+    return partners
+
+
+def mismatch_pair(pair: EncodedExample, other: EncodedExample, max_length: int) -> EncodedExample:
+    """The prompt of one pair with the answers of another, as many as that has: what KTO estimates its reference point on.
+
+    Args:
+        max_length: a longer conversation loses tokens of its prompt from the left, behind the first one, which may be a BOS;
+            as long as the other pair itself at least.
+    """
     assert pair.branch_starts is not None
     assert other.branch_starts is not None
     trunk, start = pair.branch_starts[0], other.branch_starts[0]
@@ -126,9 +161,11 @@ def mismatch_pair(pair: EncodedExample, other: EncodedExample) -> EncodedExample
     for branch, is_there in zip(other.branch_starts, has_answers(other), strict=True):
         if is_there:
             ids[branch - start] = pair.input_ids[trunk]  # each branch begins with the last token of its own prompt
-    return EncodedExample(
+    found = EncodedExample(
         np.concatenate([pair.input_ids[:trunk], ids]),
         np.concatenate([pair.loss_mask[:trunk], mask]),
         pair.where,
         branch_starts=(trunk, trunk + other.branch_starts[1] - start),
     )
+    excess = found.path_length - max_length
+    return (cut_trunk(found, excess, 1) or cut_trunk(found, excess, 0) or found) if excess > 0 else found

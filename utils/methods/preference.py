@@ -20,8 +20,8 @@ import numpy.typing as npt
 from config.structured_config import Recipe
 from utils.backends import Backend, PairScores, StepResult
 from utils.batching import pad_rows
-from utils.exceptions import DataError, TrainingError
-from utils.methods.pairs import mismatch_pair
+from utils.exceptions import TrainingError
+from utils.methods.pairs import choose_partners, mismatch_pair
 from utils.model_source import ModelSource
 from utils.piece_encoder import EncodedExample
 from utils.progress import Progress
@@ -64,11 +64,16 @@ class DerivedPairs(Sequence[EncodedExample]):
 
 
 class MismatchedPairs(DerivedPairs):
-    """Every prompt of a set with the answers of the pair before it; the first with those of the last."""
+    """Every prompt of a set with answers to another one, as `choose_partners` has it; none is longer than the set's longest."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        super().__init__(pairs)
+        self.partners = choose_partners(pairs)
+        self.max_length = max(pair.path_length for pair in pairs)
 
     def derive(self, index: int) -> EncodedExample:
         """A pair's prompt with another's answers."""
-        return mismatch_pair(self.pairs[index], self.pairs[index - 1])
+        return mismatch_pair(self.pairs[index], self.pairs[int(self.partners[index])], self.max_length)
 
 
 class ReferencedPairs(DerivedPairs):
@@ -79,16 +84,18 @@ class ReferencedPairs(DerivedPairs):
         super().__init__(pairs)
         self.reference = reference
         self.mismatched_reference = mismatched_reference
+        self.mismatched = None if mismatched_reference is None else MismatchedPairs(pairs)
 
     def derive(self, index: int) -> EncodedExample:
         """The pair with what is known of it."""
         pair = self.pairs[index]
         if self.reference is not None:
             pair = replace(pair, reference=tuple(self.reference[index].tolist()))
-        if self.mismatched_reference is None:
+        if self.mismatched is None:
             return pair
+        assert self.mismatched_reference is not None
         reference = tuple(self.mismatched_reference[index].tolist())
-        return replace(pair, mismatched=replace(MismatchedPairs(self.pairs)[index], reference=reference))
+        return replace(pair, mismatched=replace(self.mismatched[index], reference=reference))
 
 
 @dataclass(frozen=True)
@@ -188,8 +195,7 @@ def reference_pairs(recipe: Recipe, scorer: Scorer, cache: ReferenceCache, pairs
     Args:
         name: `training` or `held-out`. Of held-out pairs the reference is always computed once.
 
-    Raises:
-        DataError: KTO has a single pair, so that there is no other answer to mismatch it with.
+    KTO needs at least two prompts (`check_prompts` of the pre-flight).
     """
     if recipe.orpo is not None or recipe.reward is not None:
         return ReferencedPairs(pairs, None, None)
@@ -197,9 +203,6 @@ def reference_pairs(recipe: Recipe, scorer: Scorer, cache: ReferenceCache, pairs
     reference = None if in_steps else cache.open(scorer, pairs, name)
     if recipe.kto is None:
         return ReferencedPairs(pairs, reference, None)
-    if len(pairs) < 2:
-        fix = "add rows: KTO compares each answer with one that belongs to another prompt"
-        raise DataError(f"KTO needs two {name} rows or more", where=pairs[0].where, fix=fix, code="few-rows")
     return ReferencedPairs(pairs, reference, cache.open(scorer, MismatchedPairs(pairs), f"mismatched {name}"))
 
 
@@ -216,8 +219,8 @@ def count_answers(pairs: Pairs) -> npt.NDArray[np.int64]:
 def measure_held_out(recipe: Recipe, scorer: Scorer, held_out: ReferencedPairs) -> dict[str, float]:
     """Held-out `loss`, `margin`, `accuracy`, `chosen_reward`, `rejected_reward` of the model as it is now."""
     mismatched = mismatched_tokens = None
-    if held_out.mismatched_reference is not None:
-        others = MismatchedPairs(held_out.pairs)
+    if held_out.mismatched is not None:
+        others = held_out.mismatched
         mismatched, mismatched_tokens = scorer.score(others, "Held-out reference point"), count_answers(others)
     scores = PairScores(
         policy=scorer.score(held_out.pairs, "Held-out loss"),
