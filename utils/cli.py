@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import FrameType
 
 from config.structured_config import GenerationSection
 from utils.exceptions import RecipeError, RunError, TunebookError
@@ -51,6 +52,7 @@ def add_run_argument(parser: argparse._ActionsContainer) -> None:
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Runs a script: loads `.env`, prints errors as lines with a fix, and exits with the documented code."""
+    signal.signal(signal.SIGTERM, end_script)
     try:
         load_environment()
         set_up_logging()
@@ -66,6 +68,11 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
+
+
+def end_script(number: int, frame: FrameType | None) -> None:
+    """Handles SIGTERM as an exception that passes every `finally`: half-written folders go, and a run says that it failed."""
+    raise SystemExit(128 + number)
 
 
 def load_environment() -> None:
