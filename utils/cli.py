@@ -9,7 +9,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 
@@ -106,10 +107,11 @@ def read_generation(overrides: Sequence[str]) -> GenerationSection:
     return load_values(GenerationSection, document, "generation")
 
 
-def print_stream(pieces: Iterable[str]) -> None:
-    """Prints text as it arrives."""
-    for piece in pieces:
-        print(piece, end="", flush=True)
+def print_stream(pieces: Generator[str, None, None]) -> None:
+    """Prints text as it arrives; Ctrl-C ends what makes it."""
+    with closing(pieces):
+        for piece in pieces:
+            print(piece, end="", flush=True)
     print()
 
 

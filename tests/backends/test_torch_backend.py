@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,19 @@ def test_batched_greedy_answers_equal_those_given_one_by_one(embedded: ModelSour
     assert together == alone == streamed
     assert "Paris" in tokenizer.decode(together[1])
     assert model.network.generation_config.to_dict() == untouched
+
+
+def test_an_answer_that_nobody_reads_on_is_not_computed_on(tiny_llama: Path) -> None:
+    # After Ctrl-C in a conversation the thread of the old answer ran on beside the next one.
+    model = torch_backend.load_model(open_source(tiny_llama), make_recipe(tiny_llama))
+    settings = GenerationSettings(GenerationSection(max_new_tokens=1500), (), PAD)
+    for length in (3, 1900):  # with and beyond the context
+        before = threading.active_count()
+        tokens = torch_backend.stream(model, pad_prompts_left([np.arange(5, 5 + length)], PAD), settings)
+        next(tokens)
+        assert threading.active_count() == before + 1
+        del tokens
+        assert threading.active_count() == before
 
 
 def test_sampling_follows_the_seed_and_greedy_settings_raise_no_warning(
