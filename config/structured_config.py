@@ -302,6 +302,11 @@ class TrainingSection(Section):
         """True for methods whose rows hold a chosen and a rejected answer."""
         return self.method in PAIR_METHODS
 
+    @property
+    def silences_dropout(self) -> bool:
+        """True for methods that compare log-probabilities: the model's own dropout would be noise between the two."""
+        return self.learns_pairs and self.method != "reward"
+
 
 class DpoSection(Section):
     """Direct preference optimisation (arXiv 2305.18290), for `training.method: dpo`."""
