@@ -55,7 +55,8 @@ class ModelSection(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub model; null takes its main branch."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number format of the frozen weights; auto takes bfloat16 where a probe finds that the machine computes it quickly."""
+    """Number format of the frozen weights; auto takes bfloat16 where a probe finds that the machine computes it quickly.
+    Without a `lora` section all weights are trained, in float32."""
     quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
     """Store the frozen base in 8 or 4 bits (bitsandbytes); needs a `lora` section."""
     adapter: Annotated[str, Field(min_length=1)] | None = None

@@ -53,15 +53,13 @@ def get_scratch(recipe: Recipe) -> ScratchSection:
 
 
 def settle_recipe(loaded: LoadedRecipe) -> LoadedRecipe:
-    """Writes down what follows from training from scratch: window length, stride and number format."""
+    """Writes down what follows from training from scratch: window length and stride."""
     scratch = get_scratch(loaded.recipe)
     if loaded.recipe.data.max_length != scratch.context:
         loaded = loaded.with_automatic_value("data.max_length", scratch.context, "windows have scratch.context tokens")
     if scratch.stride is None:
         reason = "windows share one token, so that each token is learned once an epoch"
         loaded = loaded.with_automatic_value("scratch.stride", scratch.context - 1, reason)
-    if loaded.recipe.model.dtype == "auto":
-        loaded = loaded.with_automatic_value("model.dtype", "float32", "a new model is trained in float32")
     return loaded
 
 

@@ -308,8 +308,7 @@ def test_a_target_that_matches_nothing_is_refused_even_beside_one_that_matches(t
 
 def test_float16_on_a_cpu_and_several_processes_are_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNEBOOK_DEVICE", "cpu")
-    half = make_recipe(tiny_llama).model_copy(update={"model": {"name": "x"}})
-    half = Recipe(model={"name": "x", "dtype": "float16"}, data={"train": "x"}, training={"method": "sft"})
+    half = Recipe(model={"name": "x", "dtype": "float16"}, data={"train": "x"}, lora={}, training={"method": "sft"})
     with pytest.raises(MachineError, match="float16"):
         torch_backend.load_model(open_source(tiny_llama), half)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -36,10 +36,12 @@ def attach_lora(model: TorchModel, recipe: Recipe) -> TorchModel:
         RecipeError: a target or module matches nothing; the ones that exist are named.
     """
     if recipe.lora is None:
-        network = model.network.float()  # the trained weights are their own masters: bfloat16 would lose small updates
-        for parameter in network.parameters():
+        if model.plan.dtype != torch.float32:  # the trained weights are their own masters
+            message = f"weights that are all trained cannot be {model.plan.dtype_name}: small updates would be lost"
+            raise RecipeError(message, where="model.dtype", fix="load them as float32", code="dtype")
+        for parameter in model.network.parameters():
             parameter.requires_grad_(True)
-        return replace(model, network=network)
+        return model
     check_targets(model.network, recipe)
     if model.is_reward and not split_network(model.network)[1].weight.any():
         get_logger().info("The reward head is new, and starts at zero")
