@@ -41,6 +41,11 @@ def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     if recipe.model.quantization != "none" and recipe.lora is None:
         message = f"{recipe.model.quantization} weights are frozen, so there is nothing to train without a lora section"
         yield RuleViolation(("model", "quantization"), message, "add a lora section, or set quantization: none")
+    if recipe.lora is None and recipe.model.dtype not in ("auto", "float32"):
+        message = (
+            f"all weights are trained, and {recipe.model.dtype} numbers would lose small updates: they are float32"
+        )
+        yield RuleViolation(("model", "dtype"), message, "remove dtype, or add a lora section")
     yield from find_adapter_violations(recipe)
     if training.packing and training.neftune_alpha is not None:
         message = "NEFTune's noise is scaled by the length of one example, which packing hides"

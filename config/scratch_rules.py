@@ -57,9 +57,6 @@ def find_model_violations(recipe: Recipe) -> Iterator[Broken]:
         yield ("lora",), message, "remove the lora section: all weights are trained"
     if model.quantization != "none":
         yield ("model", "quantization"), "a new model has no weights to quantise", "set quantization: none"
-    if model.dtype not in ("auto", "float32"):
-        message = f"a new model is trained in float32, and dtype is {model.dtype}"
-        yield ("model", "dtype"), message, "set dtype: float32"
     if model.revision is not None:
         yield ("model", "revision"), "a new model has no revision on a hub", "remove it"
     if model.trust_remote_code:

@@ -58,7 +58,8 @@ class ModelSection(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub model; null takes its main branch."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number format of the frozen weights; auto takes bfloat16 where a probe finds that the machine computes it quickly."""
+    """Number format of the frozen weights; auto takes bfloat16 where a probe finds that the machine computes it quickly.
+    Without a `lora` section all weights are trained, in float32."""
     quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
     """Store the frozen base in 8 or 4 bits (bitsandbytes); needs a `lora` section."""
     adapter: Annotated[str, Field(min_length=1)] | None = None
@@ -304,6 +305,11 @@ class TrainingSection(Section):
     def learns_pairs(self) -> bool:
         """True for methods whose rows hold a chosen and a rejected answer, or under kto one of the two."""
         return self.method in PAIR_METHODS
+
+    @property
+    def silences_dropout(self) -> bool:
+        """True for methods that compare log-probabilities: the model's own dropout would be noise between the two."""
+        return self.learns_pairs and self.method != "reward"
 
 
 class DpoSection(Section):

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     preflight = check_recipe(loaded)
     examples = select_conversations(preflight)
-    recipe = loaded.recipe
+    recipe = preflight.loaded.recipe
     source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
     backend = load_backend(recipe.backend)
     SeedManager(recipe.seed).seed_everything()

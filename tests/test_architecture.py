@@ -425,6 +425,7 @@ BESIDE_THE_TOKENS = {
     "utils.adapter_source",
     "utils.backends.embedded_model",
     "utils.batching",
+    "utils.cache_keys",
     "utils.download_progress",
     "utils.downloads",
     "utils.exceptions",

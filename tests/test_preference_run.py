@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from scripts import baseline_inference, evaluate_run, infer, merge, preview_data
 from utils.exceptions import DataError, RecipeError, RunError
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = ("margin", "accuracy", "chosen_reward", "rejected_reward")
 METRICS = ["preference_accuracy", "preference_accuracy_per_token", "reward_accuracy", "loss"]
 
@@ -289,3 +294,23 @@ def test_people_see_which_answers_are_good_ones(
     assert preview_data.main([*arguments, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row.get("label") for row in rows] == [*([True, False] * 8), *([None] * 4)]
+
+
+def test_sigterm_in_the_reference_pass_leaves_no_half_folder_and_a_run_that_says_failed(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    # The process died by the signal itself: run.json said `running` for good, and the cache kept a half-built entry.
+    run, recipe = tmp_path / "run", write_recipe(tmp_path, tiny_llama, "dpo", pairs=1500)
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe", str(recipe), "--run", str(run)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("cache/tokens/.reference-*")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert (facts["status"], facts["error"]) == ("failed", "ended with exit code 143")
+    assert not list((tmp_path / "cache").rglob(".*tmp-*"))
+    assert "Traceback" not in output

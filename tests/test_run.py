@@ -235,6 +235,25 @@ def test_a_conversation_remembers_and_ends(finished: Path) -> None:
     assert "control token <|im_end|>" in done.stderr
 
 
+def test_ctrl_c_ends_an_answer_and_the_script(tiny_llama: Path, tmp_path: Path) -> None:
+    # The thread that computed the answer outlived the interpreter, which then aborted: exit -6.
+    arguments = ("--model", str(tiny_llama), "--prompt", "Hi", "--set", "generation.max_new_tokens=1900")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "infer.py"), *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
+    )
+    assert process.stdout is not None
+    process.stdout.read(5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert b"Interrupted." in errors
+    assert b"Traceback" not in errors
+
+
 def test_a_signal_finishes_the_step_saves_and_says_so(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, max_steps=20_000, eval_every=10_000)
     run = tmp_path / "run"

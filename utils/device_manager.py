@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from utils.exceptions import MachineError
+from utils.machine import count_workers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -70,7 +71,7 @@ class DeviceManager:
             )
         workers = 1
         if device == "cpu":
-            workers = self.count_workers()
+            workers = count_workers()
             reasons.append(f"{workers} worker(s): one single-threaded micro-batch for each CPU core")
             if not self.gains_from_threads(workers):
                 # Hyper-threads that share a core, or a busy neighbour: threads then only wait for each other.
@@ -109,12 +110,6 @@ class DeviceManager:
         if device == "mps":
             return int(torch.mps.recommended_max_memory())
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-    @staticmethod
-    def count_workers() -> int:
-        """Cores that this process may run on, but no more than micro-batches usually are."""
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        return max(1, min(cores, 8))
 
     @staticmethod
     @lru_cache(maxsize=1)

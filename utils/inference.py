@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from config.structured_config import GenerationSection
-from utils.backends import Backend, GenerationSettings
+from utils.backends import Backend, GenerationSettings, MachineFacts
 from utils.batching import pad_prompts_left
+from utils.cache_keys import find_forward_versions, hash_code
 from utils.data_formats import Example
 from utils.data_loading import iterate_batches
 from utils.logging import get_logger
@@ -24,6 +25,14 @@ from utils.run_folder import write_text_atomically
 from utils.tokenizer_utils import TokenizerUtils
 
 Ids = npt.NDArray[np.int64]
+# Whatever changes here can change an answer of the untouched model, so one of older code is never read from the cache.
+CODE = (
+    "inference.py",
+    "batching.py",
+    "tokenizer_utils.py",
+    "backends/torch_generation.py",
+    "../config/structured_config.py",
+)
 
 
 def make_settings(tokenizer: TokenizerUtils, generation: GenerationSection) -> GenerationSettings:
@@ -69,9 +78,8 @@ class Responder:
 
         Sampled answers are never cached: they are meant to differ.
         """
-        facts = self.backend.describe_machine(self.model)
-        numbers = f"{facts.device_name} {facts.dtype} {facts.quantization} {len(self.tokenizer.tokenizer)} tokens"
-        path = find_baseline_file(source, prompts, self.settings, numbers)
+        machine, tokens = self.backend.describe_machine(self.model), len(self.tokenizer.tokenizer)
+        path = find_baseline_file(source, prompts, self.settings, machine, tokens)
         greedy = self.settings.generation.temperature == 0
         if greedy and path.is_file():
             get_logger().info("Answers of the untouched model: read from %s", path)
@@ -83,10 +91,22 @@ class Responder:
         return answers
 
 
-def find_baseline_file(source: ModelSource, prompts: Sequence[Ids], settings: GenerationSettings, machine: str) -> Path:
-    """Cache file for the untouched model's greedy answers: named by everything they depend on."""
-    digest = hashlib.sha256(f"{source.hash_weights()} {source.hash_adapter()}".encode())
-    digest.update(json.dumps([settings.generation.model_dump(), settings.stop_ids, machine]).encode())
+def find_baseline_file(
+    source: ModelSource, prompts: Sequence[Ids], settings: GenerationSettings, machine: MachineFacts, tokens: int
+) -> Path:
+    """Cache file for the untouched model's greedy answers: named by everything they depend on.
+
+    Args:
+        tokens: size of the tokenizer, added tokens included.
+    """
+    facts = {
+        "model": [source.hash_weights(), source.hash_adapter(), source.config, tokens],
+        "settings": [settings.generation.model_dump(), settings.stop_ids, settings.pad_id],
+        "machine": [machine.device_name, machine.dtype, machine.quantization],
+        "code": hash_code(CODE),
+        "versions": find_forward_versions(machine.quantization),
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for prompt in prompts:
         digest.update(prompt.tobytes() + b"|")
     return get_cache_folder() / "baselines" / f"{digest.hexdigest()[:32]}.json"

@@ -22,6 +22,7 @@ QUIET = (
     "urllib3",
     "matplotlib",
     "wandb",
+    "bitsandbytes",  # says at each 8-bit product that float32 is cast
     "filelock",
 )
 SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.IGNORECASE)
@@ -103,3 +104,11 @@ def add_log_file(path: Path) -> logging.Handler:
     logging.getLogger("py.warnings").addHandler(handler)
     logging.getLogger("py.warnings").propagate = False
     return handler
+
+
+def remove_log_file(handler: logging.Handler) -> None:
+    """Ends what `add_log_file` began: lines and warnings of a later run in this process are none of that file's."""
+    get_logger().removeHandler(handler)
+    logging.getLogger("py.warnings").removeHandler(handler)
+    logging.captureWarnings(False)
+    handler.close()

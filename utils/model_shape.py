@@ -130,6 +130,7 @@ class ModelShape:
         parameters: of the whole model, tied ones once.
         attention_dropout: dropout on the attention weights while training.
         residual_dropout: dropout behind attention and MLP while training.
+        embedding_dropout: dropout behind the embedding while training.
         capped_scores: the attention scores pass through a tanh.
     """
 
@@ -145,12 +146,13 @@ class ModelShape:
     parameters: int
     attention_dropout: bool
     residual_dropout: bool
+    embedding_dropout: bool
     capped_scores: bool
 
     @property
     def has_dropout(self) -> bool:
         """A training pass of the model itself draws random numbers."""
-        return self.residual_dropout or (self.attention_dropout and not self.anatomy.gated)
+        return self.attention_dropout or self.residual_dropout or self.embedding_dropout
 
     @property
     def linear_parameters(self) -> int:
@@ -202,19 +204,26 @@ def read_shape(config: dict[str, Any]) -> ModelShape | None:
         vocabulary=vocabulary,
         linears=(),
         parameters=0,
-        attention_dropout=any(read_rate(config, name) for name in ("attn_pdrop", "attention_dropout")),
-        residual_dropout=any(read_rate(config, name) for name in ("resid_pdrop", "resid_dropout")),
+        attention_dropout=has_rate(config, "attn_pdrop", "attention_dropout"),
+        residual_dropout=has_rate(config, "resid_pdrop", "resid_dropout"),
+        embedding_dropout=has_rate(config, "embd_pdrop", "embed_dropout"),
         capped_scores=bool(config.get("attn_logit_softcapping")),
     )
     shape = replace(shape, linears=tuple(list_linears(shape, config)))
     return replace(shape, parameters=count_parameters(shape, config))
 
 
-def read_rate(config: dict[str, Any], name: str) -> float:
-    """A dropout rate. GPT-2's configs may leave theirs out, and transformers then drops a tenth."""
-    default = 0.1 if config.get("model_type") == "gpt2" and name in ("attn_pdrop", "resid_pdrop") else 0.0
-    value = config.get(name, default)
-    return float(value) if isinstance(value, int | float) else 0.0
+def has_rate(config: dict[str, Any], *names: str) -> bool:
+    """True if one of these dropout rates is above 0. GPT-2's configs may leave theirs out, and transformers drops a tenth."""
+    default = 0.1 if config.get("model_type") == "gpt2" else 0.0
+    own = [name for name in names if name.endswith("_pdrop") or name in config]
+    rates = (config.get(name, default) for name in own)
+    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
+
+
+def silence(shape: ModelShape) -> ModelShape:
+    """The shape of a model whose own dropout is off."""
+    return replace(shape, attention_dropout=False, residual_dropout=False, embedding_dropout=False)
 
 
 def list_linears(shape: ModelShape, config: dict[str, Any]) -> list[Linear]:

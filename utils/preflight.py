@@ -98,6 +98,7 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     Raises:
         RecipeError, DataError, MachineError: what is wrong, with its place and fix.
     """
+    loaded = settle_dtype(loaded)
     recipe = loaded.recipe
     if run is None:  # a finished run is measured without the engine that trained it
         check_engine(recipe.training.engine, loaded.find_origin("training.engine"))
@@ -123,6 +124,13 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     if run is None:
         loaded, scan, data = adapt_small_set(loaded, scan, data, tokenizer)
     return complete_preflight(loaded, source, tokenizer, scan, data, device)
+
+
+def settle_dtype(loaded: LoadedRecipe) -> LoadedRecipe:
+    """Writes down that weights which are all trained are float32, so that every later script loads them as they are."""
+    if loaded.recipe.lora is not None or loaded.recipe.model.dtype != "auto":
+        return loaded
+    return loaded.with_automatic_value("model.dtype", "float32", "all weights are trained: 16 bits lose small updates")
 
 
 def check_new_model(loaded: LoadedRecipe, run: RunFolder | None) -> Preflight:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from config.recipe_io import LoadedRecipe
+from utils.cache_keys import hash_code
 from utils.data_formats import Example
 from utils.data_sources import RowSource, find_sources, hash_source
 from utils.exceptions import DataError
@@ -187,9 +188,8 @@ def refuse_lost_sources(
 def make_key(loaded: LoadedRecipe, tokenizer: TokenizerUtils) -> str:
     """Name of the entry in the token cache: a hash over everything that a token or a mask depends on."""
     recipe = loaded.recipe
-    own = Path(__file__).parent
     facts = {
-        "code": [hashlib.sha256((own / f"{name}.py").read_bytes()).hexdigest() for name in CODE],
+        "code": hash_code([f"{name}.py" for name in CODE]),
         "versions": [importlib.metadata.version(name) for name in ("tokenizers", "jinja2")],
         "tokenizer": tokenizer.hash,
         "data": {key: describe_sources(loaded, key) for key in ("train", "eval")},

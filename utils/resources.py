@@ -15,7 +15,7 @@ from utils.exceptions import Problem
 from utils.forecast import DiskForecast, TimeForecast, check_disk, estimate_disk, predict_seconds
 from utils.machine import Machine, inspect_machine
 from utils.memory import MemoryEstimate, check_memory, estimate_memory, measure_stored_bytes, show_bytes
-from utils.model_shape import ModelShape, measure_shape
+from utils.model_shape import ModelShape, measure_shape, silence
 from utils.model_source import ModelSource
 from utils.prepared_data import PreparedData
 from utils.progress import format_seconds
@@ -57,6 +57,8 @@ def plan_resources(
         MachineError: memory or disk cannot suffice.
     """
     machine, shape = inspect_machine(), measure_shape(source)
+    if shape and loaded.recipe.training.silences_dropout:
+        shape = silence(shape)
     download = find_download(loaded.recipe.model, loaded.find_origin("model.name"))
     predict = make_predictor(loaded.recipe, source, data, machine, shape) if shape else None
     loaded = decide_checkpointing(loaded, machine.available_bytes, predict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from config.recipe_io import LoadedRecipe, format_resolved, load_recipe
-from utils.exceptions import RunError
-from utils.logging import hide_secrets
+from utils.exceptions import RunError, TunebookError
+from utils.logging import NAME, add_log_file, get_logger, hide_secrets, remove_log_file
 
 OUTPUTS = Path("outputs")
 LATEST = "latest"
@@ -74,6 +75,45 @@ class RunFolder:
             raise RunError(
                 f"this run has no trained weights (status: {status})", where=str(self.path), fix=fix, code="no-run"
             )
+
+
+class RunRecord:
+    """Keeps run.json and log.txt true while a run lasts, and at its end, whatever ended it."""
+
+    def __init__(self, folder: RunFolder, facts: dict[str, Any]) -> None:
+        """Takes what is known before the first step; `results` are added to it when the run ends by itself."""
+        self.folder, self.facts = folder, facts
+        self.results: dict[str, Any] = {}
+
+    def __enter__(self) -> RunRecord:
+        self.folder.write_facts(self.facts)
+        self.log = add_log_file(self.folder.log_file)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            results = self.results if error is None else {"status": "failed", "error": self.log_error(error)}
+            self.folder.write_facts({**self.facts, **results})
+        finally:
+            remove_log_file(self.log)
+
+    def log_error(self, error: BaseException) -> str:
+        """Writes what ended the run into its log alone, for the terminal shows it anyway; a fault of ours with its traceback.
+
+        Returns:
+            The error in words.
+        """
+        text, trace = f"{type(error).__name__}: {error}", None
+        if isinstance(error, TunebookError):
+            text = str(error)
+        elif isinstance(error, KeyboardInterrupt):
+            text = "interrupted"
+        elif isinstance(error, SystemExit):
+            text = f"ended with exit code {error.code}"
+        else:
+            trace = (type(error), error, error.__traceback__)
+        self.log.handle(get_logger().makeRecord(NAME, logging.ERROR, __file__, 0, text, (), trace))
+        return hide_secrets(text)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

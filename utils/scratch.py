@@ -15,6 +15,7 @@ import numpy as np
 
 from config.recipe_io import LoadedRecipe
 from config.structured_config import DataSection, Recipe, ScratchSection
+from utils.cache_keys import hash_code
 from utils.data_sources import find_sources
 from utils.exceptions import DataError
 from utils.logging import get_logger
@@ -29,7 +30,7 @@ from utils.tokenizer_training import END_OF_TEXT, TOKENIZER_FILES, train_tokeniz
 from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
 
 # Whatever changes here can change a token or a mask of a new model, beside the modules that `prepared_data.CODE` names.
-CODE = ("scratch", "text_windows", "tokenizer_training")
+CODE = ("scratch.py", "text_windows.py", "tokenizer_training.py")
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,13 @@ def get_scratch(recipe: Recipe) -> ScratchSection:
 
 
 def settle_recipe(loaded: LoadedRecipe) -> LoadedRecipe:
-    """Writes down what follows from training from scratch: window length, stride and number format."""
+    """Writes down what follows from training from scratch: window length and stride."""
     scratch = get_scratch(loaded.recipe)
     if loaded.recipe.data.max_length != scratch.context:
         loaded = loaded.with_automatic_value("data.max_length", scratch.context, "windows have scratch.context tokens")
     if scratch.stride is None:
         reason = "windows share one token, so that each token is learned once an epoch"
         loaded = loaded.with_automatic_value("scratch.stride", scratch.context - 1, reason)
-    if loaded.recipe.model.dtype == "auto":
-        loaded = loaded.with_automatic_value("model.dtype", "float32", "a new model is trained in float32")
     return loaded
 
 
@@ -105,7 +104,7 @@ def open_new_model(loaded: LoadedRecipe) -> ModelSource:
         "corpus": [describe_sources(loaded, key) for key in ("train", "eval")],
         "columns": recipe.data.columns,
         "tokenizer": [scratch.tokenizer, scratch.vocab_size],
-        "code": hash_code(),
+        "code": hash_code(CODE),
         "version": importlib.metadata.version("tokenizers"),
     }
 
@@ -122,12 +121,6 @@ def open_new_model(loaded: LoadedRecipe) -> ModelSource:
     return ModelSource(recipe.model.name, folder, config, seed=recipe.seed)
 
 
-def hash_code() -> list[str]:
-    """SHA-256 of the modules that stand between a corpus and its windows."""
-    own = Path(__file__).parent
-    return [hashlib.sha256((own / f"{name}.py").read_bytes()).hexdigest() for name in CODE]
-
-
 def hash_facts(facts: dict[str, Any]) -> str:
     """Name of a cache entry that depends on these facts and nothing else."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
@@ -141,7 +134,7 @@ def prepare_windows(loaded: LoadedRecipe, tokenizer: TokenizerUtils) -> Prepared
     """
     recipe = loaded.recipe
     scratch = recipe.scratch.model_dump(mode="json") if recipe.scratch else None
-    key = hash_facts({"rows": make_key(loaded, tokenizer), "scratch": scratch, "code": hash_code()})
+    key = hash_facts({"rows": make_key(loaded, tokenizer), "scratch": scratch, "code": hash_code(CODE)})
 
     def build(folder: Path) -> dict[str, Any]:
         return write_windows(loaded, tokenizer, folder)

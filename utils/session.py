@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class Session:
         """Answers many conversations in batches."""
         return self.responder.answer([self.encode(messages) for messages in conversations], "Answers")
 
-    def stream(self, messages: Sequence[Message]) -> Iterator[str]:
+    def stream(self, messages: Sequence[Message]) -> Generator[str, None, None]:
         """Yields an answer piece by piece; a piece ends only where its characters are complete."""
         responder = self.responder
         batch = pad_prompts_left([self.encode(messages)], responder.settings.pad_id)

@@ -16,15 +16,14 @@ from utils.backends import Backend, MachineFacts, load_engine
 from utils.checkpoint import STATE, write_folder_atomically
 from utils.cli import STARTED
 from utils.evaluation import compute_mean_loss, continue_text, make_scorer, measure_losses
-from utils.exceptions import TunebookError
-from utils.logging import add_log_file, get_logger, hide_secrets
+from utils.logging import get_logger, hide_secrets
 from utils.methods.preference import PreferenceWatch, ReferenceCache, measure_held_out, reference_pairs
 from utils.methods.sft import SftBatches
 from utils.piece_encoder import EncodedExample
 from utils.preflight import Preflight
 from utils.prepared_data import hash_sources
 from utils.report import plot_loss
-from utils.run_folder import RunFolder, collect_versions, find_git_state, mark_latest
+from utils.run_folder import RunFolder, RunRecord, collect_versions, find_git_state, mark_latest
 from utils.tracking import Tracker
 from utils.training_loop import HeldOut, LoopParts, TrainingState, train
 
@@ -70,29 +69,21 @@ def run_training(run: PreparedRun) -> TrainingState:
     Raises:
         TrainingError: the numbers stopped being finite; run.json then says `failed`.
     """
-    tracker = Tracker(run.loaded.recipe.tracking, run.folder.path, run.loaded.recipe.model_dump(mode="json"))
-    handler = add_log_file(run.folder.log_file)
-    facts = collect_facts(run)
     run.folder.recipe_file.write_text(hide_secrets(format_resolved(run.loaded)), encoding="utf-8")
-    run.folder.write_facts(facts)
-    mark_latest(run.folder)
-    log_start(run)
-    try:
-        state = train_with_engine(run, make_parts(run, tracker))
+    with RunRecord(run.folder, collect_facts(run)) as record:
+        mark_latest(run.folder)
+        log_start(run)
+        tracker = Tracker(run.loaded.recipe.tracking, run.folder.path, run.loaded.recipe.model_dump(mode="json"))
+        try:
+            state = train_with_engine(run, make_parts(run, tracker))
+        finally:
+            tracker.close()
         publish_weights(run, state)
         if run.loaded.recipe.scratch and state.signal_number is None:
             prompt, text = continue_text(run.backend, run.model, run.preflight)
             get_logger().info("The held-out text begins: %s\nThe model of the last step goes on: %s", prompt, text)
-        results = summarise(run, state)
-    except (TunebookError, KeyboardInterrupt) as error:
-        run.folder.write_facts({**facts, "status": "failed", "error": hide_secrets(str(error) or "interrupted")})
-        raise
-    finally:
-        tracker.close()
-        get_logger().removeHandler(handler)
-        handler.close()
-    plot_loss(run.folder)
-    run.folder.write_facts({**facts, **results})
+        record.results = summarise(run, state)
+        plot_loss(run.folder)
     return state
 
 

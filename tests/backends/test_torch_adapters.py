@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
+    MixtralConfig,
     PhiConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
 )
 
 from config.structured_config import ModelSection, Recipe
@@ -451,3 +454,41 @@ def test_the_ends_of_a_model_are_found_by_what_they_are(folders: dict[str, Path]
     assert find_ends(network) == ("transformer.wte", "lm_head", True)
     network = AutoModelForCausalLM.from_pretrained(folders["untied"])
     assert find_ends(network) == ("model.embed_tokens", "lm_head", False)
+
+
+MOE: dict[str, Any] = {**LLAMA, "max_position_embeddings": 64}
+MIXTURES: dict[str, PretrainedConfig] = {
+    "mixtral": MixtralConfig(**MOE, num_local_experts=4),
+    "qwen3_moe": Qwen3MoeConfig(**MOE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8),
+}
+
+
+def save_mixture(name: str, folder: Path) -> Path:
+    """A small random mixture of experts."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(MIXTURES[name]).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_adapters_on_experts_train_in_one_worker_and_survive_saving_and_merging(tmp_path: Path, name: str) -> None:
+    # Two workers took the experts' tensors from each other: the first step or evaluation crashed.
+    folder = save_mixture(name, tmp_path / "base")
+    recipe = make_recipe(folder, {"r": 2})
+    base = torch_backend.load_model(open_source(folder), recipe)
+    model = torch_backend.attach_lora(replace(base, plan=replace(base.plan, workers=4)), recipe)
+    assert torch_backend.describe_machine(model).workers == 1
+    batch = make_batch()
+    step = TorchTrainStep(model, recipe)
+    losses = [step.step([batch] * 4, 2e-2).loss for _ in range(4)]
+    assert losses[-1] < losses[0]
+    torch_backend.evaluate(model, [batch] * 4)
+    check_round_trip(model, recipe, folder, tmp_path, batch)
+
+
+@pytest.mark.parametrize("section", [{"dropout": 0.1}, {"variant": "dora"}])
+def test_what_adapters_on_experts_cannot_have_is_refused(tmp_path: Path, section: dict[str, Any]) -> None:
+    recipe = make_recipe(save_mixture("mixtral", tmp_path), {"r": 2, **section})
+    model = torch_backend.load_model(open_source(tmp_path), recipe)
+    with pytest.raises(RecipeError, match=r"does not work with .*leave the experts out"):
+        torch_backend.attach_lora(model, recipe)

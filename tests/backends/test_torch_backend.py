@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -309,8 +310,7 @@ def test_a_target_that_matches_nothing_is_refused_even_beside_one_that_matches(t
 
 def test_float16_on_a_cpu_and_several_processes_are_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNEBOOK_DEVICE", "cpu")
-    half = make_recipe(tiny_llama).model_copy(update={"model": {"name": "x"}})
-    half = Recipe(model={"name": "x", "dtype": "float16"}, data={"train": "x"}, training={"method": "sft"})
+    half = Recipe(model={"name": "x", "dtype": "float16"}, data={"train": "x"}, lora={}, training={"method": "sft"})
     with pytest.raises(MachineError, match="float16"):
         torch_backend.load_model(open_source(tiny_llama), half)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -334,6 +334,19 @@ def test_batched_greedy_answers_equal_those_given_one_by_one(embedded: ModelSour
     assert together == alone == streamed
     assert "Paris" in tokenizer.decode(together[1])
     assert model.network.generation_config.to_dict() == untouched
+
+
+def test_an_answer_that_nobody_reads_on_is_not_computed_on(tiny_llama: Path) -> None:
+    # After Ctrl-C in a conversation the thread of the old answer ran on beside the next one.
+    model = torch_backend.load_model(open_source(tiny_llama), make_recipe(tiny_llama))
+    settings = GenerationSettings(GenerationSection(max_new_tokens=1500), (), PAD)
+    for length in (3, 1900):  # with and beyond the context
+        before = threading.active_count()
+        tokens = torch_backend.stream(model, pad_prompts_left([np.arange(5, 5 + length)], PAD), settings)
+        next(tokens)
+        assert threading.active_count() == before + 1
+        del tokens
+        assert threading.active_count() == before
 
 
 def test_sampling_follows_the_seed_and_greedy_settings_raise_no_warning(

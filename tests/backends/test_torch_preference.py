@@ -655,6 +655,17 @@ def test_a_reference_that_is_another_model_is_said_after_the_first_step(
     assert PreferenceWatch(recipe, "float32").find_warning(1, fresh) is None
 
 
+def test_a_quantised_base_may_round_the_first_loss_where_the_rest_is_float32() -> None:
+    # int8 products are rounded to 8 bits in a float32 run too, and the run was said to have another reference.
+    plain, quantised = make_recipe("x"), make_recipe("x")
+    quantised = quantised.model_copy(
+        update={"model": quantised.model.model_copy(update={"quantization": "int8"})},
+    )
+    result = StepResult(0.693065, 0.1, 10, 5, 2, {"margin": 1e-3})
+    assert PreferenceWatch(quantised, "float32").find_warning(1, result) is None
+    assert PreferenceWatch(plain, "float32").find_warning(1, result) is not None
+
+
 def test_margins_that_never_move_are_said_after_twenty_steps() -> None:
     recipe = make_recipe("x")
     results = {

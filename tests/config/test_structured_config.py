@@ -70,6 +70,8 @@ def find_violations(**sections: Any) -> list[RuleViolation]:
 
 RULES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("model.quantization", {"model": {"quantization": "nf4"}}, {"model": {"quantization": "nf4"}, "lora": {"r": 8}}),
+    ("model.dtype", {"model": {"dtype": "bfloat16"}}, {"model": {"dtype": "bfloat16"}, "lora": {}}),
+    ("model.dtype", {"model": {"dtype": "float16"}}, {"model": {"dtype": "float32"}}),
     ("model.quantization", {"model": {"quantization": "int8"}}, {"model": {"quantization": "int8"}, "lora": {}}),
     (
         "training.neftune_alpha",

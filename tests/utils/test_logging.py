@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.logging import HIDDEN, NAME, add_log_file, get_logger, hide_secrets
+from utils.logging import HIDDEN, NAME, add_log_file, get_logger, hide_secrets, remove_log_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "correct-horse-battery"
@@ -45,6 +45,20 @@ def test_lines_are_plain_with_date_and_level(log_file: Path) -> None:
     first, second = log_file.read_text(encoding="utf-8").splitlines()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO Step 3: loss 1\.50, 50 % done", first)
     assert second.endswith(" WARNING Größe 🎵")
+
+
+def test_a_closed_file_gets_nothing_of_a_later_run(log_file: Path, tmp_path: Path) -> None:
+    # The handler for warnings stayed, so a warning of the second run stood in the log.txt of the first as well.
+    earlier = tmp_path / "earlier.txt"
+    remove_log_file(add_log_file(earlier))
+    later = add_log_file(tmp_path / "later.txt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("of the later run", UserWarning, stacklevel=1)
+    get_logger().warning("and a line")
+    remove_log_file(later)
+    assert earlier.read_text() == ""
+    assert "of the later run" in (tmp_path / "later.txt").read_text()
 
 
 def test_warnings_of_libraries_reach_the_file(log_file: Path) -> None:

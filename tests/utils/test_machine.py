@@ -44,7 +44,7 @@ def test_the_guess_is_what_the_torch_back_end_finds(monkeypatch: pytest.MonkeyPa
     machine = inspect_machine()
     assert machine.device == DeviceManager.find_device()
     if machine.device == "cpu":
-        assert machine.workers == DeviceManager.count_workers()
+        assert machine.workers == DeviceManager().plan("float32").workers
         assert machine.total_bytes is not None
         assert machine.total_bytes <= DeviceManager.measure_memory("cpu")
 

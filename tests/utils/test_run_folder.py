@@ -12,6 +12,7 @@ from utils.exceptions import RunError
 from utils.run_folder import (
     OUTPUTS,
     RunFolder,
+    RunRecord,
     check_run_target,
     collect_versions,
     create_run_folder,
@@ -209,3 +210,34 @@ def test_versions_and_commit_are_recorded() -> None:
     if state is not None:
         assert len(state["commit"]) == 40
         assert isinstance(state["dirty"], bool)
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "has_trace"),
+    [
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero", True),
+        (RunError("the disk is full", fix="free some"), "the disk is full Fix: free some", False),
+        (KeyboardInterrupt(), "interrupted", False),
+        (SystemExit(143), "ended with exit code 143", False),
+    ],
+)
+def test_a_run_says_failed_whatever_ended_it_and_its_log_says_why(
+    folder: Path, error: BaseException, said: str, has_trace: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Anything but an error of ours left `running` for good, and a log without the error.
+    run = create_run_folder(write_recipe(folder), folder / "run")
+    with pytest.raises(type(error)), RunRecord(run, {"status": "running", "steps": None}):
+        raise error
+    assert run.read_facts() == {"status": "failed", "steps": None, "error": said}
+    log = run.log_file.read_text(encoding="utf-8")
+    assert f"ERROR {said}" in log
+    assert ("Traceback" in log) == has_trace
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_ends_by_itself_says_what_it_found(folder: Path) -> None:
+    run = create_run_folder(write_recipe(folder), folder / "run")
+    with RunRecord(run, {"status": "running", "steps": None}) as record:
+        assert run.read_facts()["status"] == "running"
+        record.results = {"status": "finished", "steps": 3}
+    assert run.read_facts() == {"status": "finished", "steps": 3}

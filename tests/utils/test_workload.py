@@ -147,6 +147,7 @@ def test_one_worker_trains_where_random_numbers_are_drawn() -> None:
     assert count_training_workers(make_recipe(), find_shape(), MACHINE) == 2
     assert count_training_workers(make_recipe(), gpt2, MACHINE) == 1
     assert count_training_workers(make_recipe(), still, MACHINE) == 2
+    assert count_training_workers(make_recipe(), find_shape({**LLAMA, "attention_dropout": 0.1}), MACHINE) == 1
     assert count_training_workers(make_recipe(neftune_alpha=5.0), find_shape(), MACHINE) == 1
     noisy = make_recipe().model_copy(update={"lora": make_recipe().lora.model_copy(update={"dropout": 0.1})})  # type: ignore[union-attr]
     assert count_training_workers(noisy, find_shape(), MACHINE) == 1

@@ -138,7 +138,7 @@ class Backend(Protocol):
         """What the model runs on, with the reason for each automatic choice."""
 
     def attach_lora(self, model: Any, recipe: Recipe) -> Any:
-        """Adds fresh adapters, or makes all weights trainable when the recipe has no lora section."""
+        """Adds fresh adapters, or makes all weights trainable, which must be float32, when the recipe has no lora section."""
 
     def load_adapter(self, model: Any, folder: Path) -> Any:
         """Adds saved adapters to a base model."""

@@ -6,19 +6,22 @@ import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import ParamWrapper
 from peft.utils import get_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from config.structured_config import LoraSection, Recipe
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_rewards import HEAD, split_network
+from utils.device_manager import MachinePlan
 from utils.exceptions import AdapterError, RecipeError
 from utils.logging import get_logger
 from utils.model_source import ADAPTER_WEIGHTS, ModelSource
@@ -33,17 +36,19 @@ def attach_lora(model: TorchModel, recipe: Recipe) -> TorchModel:
         RecipeError: a target or module matches nothing; the ones that exist are named.
     """
     if recipe.lora is None:
-        network = model.network.float()  # the trained weights are their own masters: bfloat16 would lose small updates
-        for parameter in network.parameters():
+        if model.plan.dtype != torch.float32:  # the trained weights are their own masters
+            message = f"weights that are all trained cannot be {model.plan.dtype_name}: small updates would be lost"
+            raise RecipeError(message, where="model.dtype", fix="load them as float32", code="dtype")
+        for parameter in model.network.parameters():
             parameter.requires_grad_(True)
-        return replace(model, network=network)
+        return model
     check_targets(model.network, recipe)
     if model.is_reward and not split_network(model.network)[1].weight.any():
         get_logger().info("The reward head is new, and starts at zero")
     config = recipe.lora.to_peft_config("SEQ_CLS" if model.is_reward else "CAUSAL_LM")
     whole_modules = choose_whole_modules(model, config, recipe.lora)
     choose_token_rows(model, config)
-    network = get_peft_model(model.network, config)
+    network = wrap_network(model.network, config)
     if config.ensure_weight_tying or model.is_reward:
         # peft strikes a tied head off the list, and at loading it takes an embedding called wte for one without a head. To
         # that of a reward model it adds names that are not there.
@@ -51,10 +56,37 @@ def attach_lora(model: TorchModel, recipe: Recipe) -> TorchModel:
     # Loaded from a snapshot folder, peft would write that folder's path into the adapter.
     network.peft_config[ADAPTER].base_model_name_or_path = model.base_name
     train_whole_modules_in_float32(network, model.plan.dtype)
-    trained = replace(model, network=network, started_from=copy_start(network, recipe.lora))
+    plan = limit_workers(model.plan, network)
+    trained = replace(model, network=network, plan=plan, started_from=copy_start(network, recipe.lora))
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise RecipeError("the adapters have no trainable parameter", where="lora.target_modules", code="lora-target")
     return trained
+
+
+def wrap_network(network: nn.Module, config: LoraConfig) -> PeftModel:
+    """Puts fresh adapters on a network.
+
+    Raises:
+        RecipeError: peft cannot build them: the experts of a mixture are one tensor, which takes neither dropout nor DoRA.
+    """
+    try:
+        return cast(PeftModel, get_peft_model(cast(PreTrainedModel, network), config))
+    except ValueError as error:
+        fix = "leave the experts out of lora.target_modules, or set lora.dropout: 0 and lora.variant: lora"
+        message = f"peft cannot build these adapters: {str(error).strip().splitlines()[0]}"
+        raise RecipeError(message, where="lora", fix=fix, code="lora-target") from error
+
+
+def limit_workers(plan: MachinePlan, network: nn.Module) -> MachinePlan:
+    """One worker where an adapter stands on a bare tensor, such as the experts of a mixture.
+
+    peft (ParamWrapper) puts the adapted tensor in its place for the time of a forward pass: passes side by side would take it
+    away from each other.
+    """
+    if plan.workers == 1 or not any(isinstance(module, ParamWrapper) for module in network.modules()):
+        return plan
+    reason = "1 worker after all: adapters on experts cannot be computed side by side"
+    return replace(plan, workers=1, reasons=(*plan.reasons, reason))
 
 
 def check_targets(network: nn.Module, recipe: Recipe) -> None:
@@ -221,7 +253,7 @@ def load_adapter(model: TorchModel, folder: Path) -> TorchModel:
         AdapterError: no adapter there, or one that was made for another model.
     """
     network = read_adapter(model.network, folder, str(model.accelerator.device))
-    return replace(model, network=network)
+    return replace(model, network=network, plan=limit_workers(model.plan, network))
 
 
 def read_adapter(network: nn.Module, folder: Path, device: str) -> PeftModel:

@@ -41,9 +41,8 @@ from utils.device_manager import DeviceManager, MachinePlan
 from utils.device_manager import measure_peak_memory as measure_process_peak
 from utils.exceptions import MachineError, ModelLoadingError
 from utils.logging import get_logger
+from utils.machine import TOKEN_BUDGETS
 from utils.model_source import ModelSource
-
-TOKEN_BUDGETS = {"cpu": 512, "mps": 2048, "cuda": 16_384}
 
 
 def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from queue import Queue
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from utils.backends import GenerationSettings, ignore
@@ -114,6 +115,17 @@ class QueueStreamer(BaseStreamer):  # type: ignore[misc]  # transformers ships n
         self.queue.put(None)
 
 
+class EndOnRequest(StoppingCriteria):  # type: ignore[misc]  # transformers ships no types
+    """Ends generation after the present token, once another thread has asked for it."""
+
+    def __init__(self) -> None:
+        self.asked = Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **others: Any) -> torch.Tensor:
+        """Called by generate after each token; True for each row that is done, shape (rows,)."""
+        return torch.full((len(input_ids),), self.asked.is_set(), device=input_ids.device)
+
+
 def stream(model: TorchModel, batch: Batch, settings: GenerationSettings) -> Iterator[int]:
     """New token ids of a single prompt, one by one as they are sampled."""
     ids = batch.input_ids[0].tolist()
@@ -124,22 +136,26 @@ def stream(model: TorchModel, batch: Batch, settings: GenerationSettings) -> Ite
 
 
 def stream_once(model: TorchModel, ids: list[int], settings: GenerationSettings) -> Iterator[int]:
-    """New token ids of one prompt that fits, as they are sampled."""
+    """New token ids of one prompt that fits, as they are sampled; closed early, it ends the thread that computes them."""
     model.network.eval()
-    batch = make_prompt(ids, settings)
-    streamer = QueueStreamer()
+    inputs = make_generation_inputs(model, make_prompt(ids, settings), settings)
+    streamer, end = QueueStreamer(), EndOnRequest()
 
     def work() -> None:
         try:
-            model.network.generate(**make_generation_inputs(model, batch, settings), streamer=streamer)
+            model.network.generate(**inputs, streamer=streamer, stopping_criteria=StoppingCriteriaList([end]))
         except BaseException as error:  # noqa: BLE001 - raised again in the reading thread, below
             streamer.queue.put(error)
 
-    thread = Thread(target=work, daemon=True)
-    thread.start()
-    while (item := streamer.queue.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        if item not in settings.stop_ids:
-            yield item
-    thread.join()
+    thread = Thread(target=work)
+    try:
+        thread.start()
+        while (item := streamer.queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            if item not in settings.stop_ids:
+                yield item
+    finally:
+        end.asked.set()  # the reader may have gone: Ctrl-C, or an answer that nobody wants any more
+        if thread.is_alive():
+            thread.join()

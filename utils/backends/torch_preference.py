@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from peft import PeftModel
-from torch import nn
 
 from config.structured_config import Recipe
 from utils.backends import PairScores, ignore
+from utils.backends.torch_dropout import silence_dropout
 from utils.backends.torch_losses import (
     PairTerms,
     compute_hinge_losses,
@@ -30,7 +30,6 @@ from utils.backends.torch_model import TorchModel, run_side_by_side
 from utils.backends.torch_rewards import compute_rewards
 from utils.batching import Batch, count_answer_tokens
 from utils.exceptions import RunError
-from utils.logging import get_logger
 
 Numbers = dict[str, float]
 
@@ -76,7 +75,7 @@ class PairObjective:
         self.recipe = recipe
         self.reference_point = 0.0
         self.reference = recipe.dpo.reference if recipe.dpo else "precomputed"
-        if recipe.reward is None:
+        if recipe.training.silences_dropout:
             silence_dropout(model.network)
         self.frozen: TorchModel | None = None
         if self.reference == "model":
@@ -118,24 +117,6 @@ class PairObjective:
 def make_objective(model: TorchModel, recipe: Recipe) -> Objective:
     """What the recipe's method minimises."""
     return PairObjective(model, recipe) if recipe.training.learns_pairs else TokenObjective(model)
-
-
-def silence_dropout(network: nn.Module) -> None:
-    """Switches the pretrained model's dropout off: reference and policy would otherwise differ by noise from the start.
-
-    GPT-2 brings 0.1. Dropout of the adapters stays: while they are zero it changes nothing.
-    """
-    found = []
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0 and "lora_dropout" not in name:
-            found.append(module.p)
-            module.p = 0.0
-        if isinstance(rate := vars(module).get("attention_dropout"), float) and rate > 0:
-            found.append(rate)
-            module.attention_dropout = 0.0
-    if found:
-        message = "The model's own dropout (%g) is off: the reference would otherwise differ by noise"
-        get_logger().info(message, max(found))
 
 
 def judge_pairs(model: TorchModel, batch: Batch) -> torch.Tensor:

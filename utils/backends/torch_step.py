@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import nn
 
 from config.structured_config import Recipe
 from utils.backends import StepResult
+from utils.backends.torch_dropout import draws_random_numbers
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_optimizer import attach_noise, build_optimizer, enable_checkpointing, set_learning_rate
 from utils.backends.torch_preference import Numbers, average_rewards, make_objective
@@ -99,11 +99,6 @@ class TorchTrainStep:
         """Adds a micro-batch's sums to those of the step."""
         for name, value in numbers.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-
-
-def draws_random_numbers(network: nn.Module) -> bool:
-    """True if a training forward pass depends on a generator, whose order parallel workers would not keep."""
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
 
 
 def make_step(model: TorchModel, recipe: Recipe) -> TorchTrainStep:

@@ -6,7 +6,6 @@ A labelled row is a pair that lacks one of its answers (`utils/methods/pairs.py`
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from config.structured_config import Recipe
 from utils.backends import Backend, PairScores, StepResult
 from utils.batching import pad_rows
+from utils.cache_keys import find_forward_versions, hash_code
 from utils.exceptions import TrainingError
 from utils.methods.pairs import choose_partners, mismatch_pair
 from utils.model_source import ModelSource
@@ -30,10 +30,10 @@ from utils.token_cache import open_or_build
 Scores = npt.NDArray[np.float64]
 Pairs = Sequence[EncodedExample]
 FILE = "reference.f64"
-# A reference of this code and these libraries; another kernel may round otherwise.
+# A reference of this code; other code may round otherwise.
 CODE = ("batching.py", "methods/pairs.py", "backends/torch_losses.py", "backends/torch_preference.py")
-LIBRARIES = ("torch", "transformers", "peft")
-# How far the first loss may lie from its value: rounding of sums over a few hundred tokens, times beta.
+# How far the first loss may lie from its value: rounding of sums over a few hundred tokens, times beta. A quantised base
+# multiplies in fewer bits than float32, whatever the number format of the rest.
 ROUNDING = {"float32": 1e-5}
 COARSE_ROUNDING = 0.02
 YOUNG_STEPS = 20
@@ -169,16 +169,15 @@ class ReferenceCache:
 
     def make_key(self, name: str, count: int) -> str:
         """Names everything that a log-probability depends on."""
-        own = Path(__file__).parent.parent
         weights = {source["source"]: source["weight"] for source in list_weights(self.recipe)}
         facts = {
-            "weights": [self.source.hash_weights(), self.source.hash_adapter()],
+            "weights": [self.source.hash_weights(), self.source.hash_adapter(), self.source.config],
             "model": self.recipe.model.model_dump(mode="json"),
             "lora": self.recipe.lora.model_dump(mode="json") if self.recipe.lora else None,
             "data": [self.data_key, name, count, weights, self.recipe.seed],
             "machine": self.machine,
-            "code": [hashlib.sha256((own / path).read_bytes()).hexdigest() for path in CODE],
-            "versions": [importlib.metadata.version(library) for library in LIBRARIES],
+            "code": hash_code(CODE),
+            "versions": find_forward_versions(self.recipe.model.quantization),
         }
         return "reference-" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
 
@@ -257,7 +256,7 @@ class PreferenceWatch:
     def __init__(self, recipe: Recipe, dtype: str) -> None:
         """Takes the recipe and the number format of the frozen weights."""
         self.recipe = recipe
-        self.rounding = ROUNDING.get(dtype, COARSE_ROUNDING)
+        self.rounding = COARSE_ROUNDING if recipe.model.quantization != "none" else ROUNDING.get(dtype, COARSE_ROUNDING)
         self.starts_equal = recipe.orpo is None  # whose margins are not 0 before the first step
         self.largest_margin = 0.0
 

@@ -1,0 +1,27 @@
+"""What a cached result depends on besides its input: the code that made it, and the libraries under that."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+
+UTILS = Path(__file__).parent
+# Libraries whose kernels decide how a forward pass rounds.
+FORWARD_LIBRARIES = ("torch", "transformers", "peft")
+
+
+def hash_code(paths: Sequence[str]) -> list[str]:
+    """SHA-256 of our own modules, named as paths below utils/."""
+    return [hashlib.sha256((UTILS / path).read_bytes()).hexdigest() for path in paths]
+
+
+def find_forward_versions(quantization: str) -> list[str]:
+    """Versions of the libraries that a forward pass runs on.
+
+    Args:
+        quantization: as in the recipe; `none` leaves bitsandbytes out, which then need not be installed.
+    """
+    names = FORWARD_LIBRARIES if quantization == "none" else (*FORWARD_LIBRARIES, "bitsandbytes")
+    return [importlib.metadata.version(name) for name in names]
