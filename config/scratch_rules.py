@@ -60,6 +60,8 @@ def find_model_violations(recipe: Recipe) -> Iterator[Broken]:
     if model.dtype not in ("auto", "float32"):
         message = f"a new model is trained in float32, and dtype is {model.dtype}"
         yield ("model", "dtype"), message, "set dtype: float32"
+    if model.adapter is not None:
+        yield ("model", "adapter"), "a new model has no weights that an adapter could be folded into", "remove it"
     if model.revision is not None:
         yield ("model", "revision"), "a new model has no revision on a hub", "remove it"
     if model.trust_remote_code:
