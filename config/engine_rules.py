@@ -30,6 +30,9 @@ def find_engine_violations(recipe: Recipe) -> Iterator[Broken]:
     if recipe.dpo and recipe.dpo.label_smoothing:
         message = "TRL's sigmoid loss has no label smoothing"
         yield ("dpo", "label_smoothing"), message, f"remove label_smoothing, {fix}"
+    if recipe.dpo and recipe.dpo.reference == "model" and recipe.model.quantization != "none":
+        message = f"TRL cannot copy {recipe.model.quantization} weights for a reference of their own"
+        yield ("dpo", "reference"), message, f"set reference: adapter_off, {fix}"
     if recipe.dpo and recipe.lora and recipe.lora.variant == "pissa":
         message = "TRL adds a second adapter for the reference, and PiSSA would take it out of the base once more"
         yield ("lora", "variant"), message, f"set variant: lora, {fix}"

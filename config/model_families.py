@@ -74,6 +74,15 @@ FAMILIES: tuple[ModelFamily, ...] = (
         name_hints=("phi-3-m", "phi-3.5-mini", "phi-4"),
     ),
 )
+# Architectures that build attention from positions that restart, so that the examples of a packed row are blind to each other
+# (tests/backends/test_families.py). OPT, Falcon, Bloom, MPT and gpt-oss take the row for one text.
+PACKING_MODELS = frozenset(
+    {
+        *(model_type for family in FAMILIES for model_type in family.model_types),
+        *("cohere", "cohere2", "glm4", "gpt_bigcode", "gpt_neox", "granite", "mixtral", "olmo", "olmo2", "qwen2_moe"),
+        *("qwen3_moe", "smollm3", "stablelm", "starcoder2"),
+    }
+)
 # Releases under a family's name that have other modules: pictures or sound beside text, or several experts in a layer.
 OTHER_ARCHITECTURES = re.compile(
     r"vision|multimodal|omni|audio|moe|llama-4|[-_]vl|\d+x\d+b|-a\d+(\.\d+)?b|flash|paligemma|recurrent|t5gemma"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,9 +12,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from config.recipe_errors import OVERRIDE, explain_value, iterate_schema_keys, translate_errors
+from config.recipe_rules import RecipeRuleError, RuleViolation
 from config.structured_config import PAIR_METHODS, Recipe
 from config.yaml_reader import RecipeDumper, YamlDocument, parse_value, read_yaml
-from utils.exceptions import Problem, RecipeError
+from utils.exceptions import Problem, RecipeError, TunebookError
 
 SectionType = TypeVar("SectionType", bound=BaseModel)
 
@@ -54,7 +56,8 @@ class LoadedRecipe:
         section_name, field_name = key.split(".")
         values = self.recipe.model_dump(exclude_unset=True)
         values.setdefault(section_name, {})[field_name] = value
-        return replace(self, recipe=Recipe(**values), origins={**self.origins, key: f"auto: {reason}"})
+        recipe = build_recipe(values, self.find_origin)
+        return replace(self, recipe=recipe, origins={**self.origins, key: f"auto: {reason}"})
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -68,7 +71,15 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
         RecipeError: everything that is wrong with it, all at once, each with `file:line`.
     """
     path = Path(path)
-    document = read_yaml(path)
+    return check_document(read_yaml(path), path, overrides)
+
+
+def check_document(document: YamlDocument, path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Validates what stands in a recipe file, or what shall stand in one that does not exist yet.
+
+    Raises:
+        RecipeError: everything that is wrong with it, all at once, each with `file:line`.
+    """
     origins = {".".join(keys): f"{path}:{line}" for keys, line in document.lines.items() if keys}
     for override in overrides:
         origins[apply_override(document, override)] = OVERRIDE
@@ -80,6 +91,48 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     for key in iterate_keys(recipe):
         origins.setdefault(key, "default")
     return LoadedRecipe(recipe, path, origins)
+
+
+def build_recipe(values: dict[str, Any], find_origin: Callable[[str], str]) -> Recipe:
+    """A recipe out of values that stand in no file.
+
+    Args:
+        find_origin: dotted key → the place where a user would change it.
+
+    Raises:
+        RecipeError: everything that is wrong with the values.
+    """
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        problems = []
+        for detail in error.errors():
+            cause = detail.get("ctx", {}).get("error")
+            if isinstance(cause, RecipeRuleError):
+                problems += list_rule_problems(cause.violations, find_origin)
+            else:
+                keys = tuple(str(part) for part in detail["loc"][:2])
+                problems.append(explain_value(keys, [detail], find_origin(".".join(keys))))
+        raise RecipeError.from_problems(problems) from None
+
+
+@contextmanager
+def locate_problems(loaded: LoadedRecipe) -> Iterator[None]:
+    """Gives problems that name a key of the recipe its line: what knows the key alone need not carry the file about."""
+    try:
+        yield
+    except TunebookError as error:
+        known = set(iterate_schema_keys(Recipe))
+        problems = [
+            replace(problem, where=loaded.find_origin(problem.where)) if problem.where in known else problem
+            for problem in error.problems
+        ]
+        raise type(error).from_problems(problems) from error
+
+
+def list_rule_problems(violations: Iterable[RuleViolation], find_origin: Callable[[str], str]) -> list[Problem]:
+    """Broken rules as problems with their places."""
+    return [Problem("rule", broken.message, find_origin(".".join(broken.path)), broken.fix) for broken in violations]
 
 
 def refuse_empty_sections(document: YamlDocument, path: Path) -> None:

@@ -9,12 +9,13 @@ from config.engine_rules import find_engine_violations
 from config.scratch_rules import find_scratch_violations
 
 if TYPE_CHECKING:
-    from config.structured_config import MetricName, Recipe, TrainingSection
+    from config.structured_config import GenerationSection, MetricName, Recipe, TrainingSection
 
 
 # Metrics that compare the two answers of a pair, and all that need a preference.
 TWO_ANSWER_METRICS: tuple[MetricName, ...] = ("preference_accuracy", "preference_accuracy_per_token", "reward_accuracy")
 PAIR_METRICS: tuple[MetricName, ...] = (*TWO_ANSWER_METRICS, "label_accuracy")
+ON_ANSWERS: tuple[MetricName, ...] = ("exact_match", "execution_accuracy")  # the model writes them
 REWARD_METRICS: tuple[MetricName, ...] = ("preference_accuracy",)  # a reward model predicts no tokens
 
 
@@ -36,7 +37,7 @@ class RecipeRuleError(ValueError):
 
 def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     """Yields every cross-field rule that the recipe breaks."""
-    training, data, generation = recipe.training, recipe.data, recipe.generation
+    training, data = recipe.training, recipe.data
     yield from (RuleViolation(*broken) for broken in find_scratch_violations(recipe))
     if recipe.model.quantization != "none" and recipe.lora is None:
         message = f"{recipe.model.quantization} weights are frozen, so there is nothing to train without a lora section"
@@ -50,6 +51,11 @@ def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     if training.packing and training.neftune_alpha is not None:
         message = "NEFTune's noise is scaled by the length of one example, which packing hides"
         yield RuleViolation(("training", "neftune_alpha"), message, "set packing: false, or remove neftune_alpha")
+    if training.packing and training.micro_batch_size != "auto":
+        message = (
+            "micro_batch_size does nothing under packing: each packed row of up to max_length tokens is a forward pass"
+        )
+        yield RuleViolation(("training", "micro_batch_size"), message, "remove it, or set packing: false")
     if training.max_steps is not None and "epochs" in training.model_fields_set:
         message = "epochs and max_steps both say how long to train"
         yield RuleViolation(("training", "max_steps"), message, "keep one of the two")
@@ -59,9 +65,15 @@ def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     if training.max_steps is not None:
         yield from find_cadence_violations(training, training.max_steps)
     yield from (RuleViolation(*broken) for broken in find_engine_violations(recipe))
-    if data.eval is None and data.eval_fraction == 0 and training.early_stopping_patience is not None:
-        message = "early stopping needs held-out rows, and this recipe holds out none"
-        yield RuleViolation(("training", "early_stopping_patience"), message, "set data.eval or data.eval_fraction")
+    if data.eval is None and data.eval_fraction == 0:
+        if training.early_stopping_patience is not None:
+            message = "early stopping needs held-out rows, and this recipe holds out none"
+            yield RuleViolation(("training", "early_stopping_patience"), message, "set data.eval or data.eval_fraction")
+        if training.eval_every != "epoch":
+            message = "eval_every needs held-out rows, and this recipe holds out none"
+            yield RuleViolation(
+                ("training", "eval_every"), message, "remove it, or set data.eval or data.eval_fraction"
+            )
     if "early_stopping_threshold" in training.model_fields_set and training.early_stopping_patience is None:
         message = "early_stopping_threshold does nothing without early_stopping_patience"
         yield RuleViolation(
@@ -77,11 +89,15 @@ def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     if data.strategy == "chat" and data.format == "text":
         message = "strategy chat needs conversations, and format text has none"
         yield RuleViolation(("data", "strategy"), message, "set strategy: standard, or convert the rows to messages")
-    if generation.temperature == 0:
-        for key, value in (("top_p", generation.top_p), ("top_k", generation.top_k)):
-            if value is not None:
-                message = f"{key} only acts when sampling, and temperature 0 is greedy"
-                yield RuleViolation(("generation", key), message, f"set temperature above 0, or remove {key}")
+    yield from find_generation_violations(recipe.generation)
+
+
+def find_generation_violations(generation: GenerationSection) -> Iterator[RuleViolation]:
+    """Yields settings of sampling that greedy answers ignore."""
+    for key, value in (("top_p", generation.top_p), ("top_k", generation.top_k)):
+        if value is not None and generation.temperature == 0:
+            message = f"{key} only acts when sampling, and temperature 0 is greedy"
+            yield RuleViolation(("generation", key), message, f"set temperature above 0, or remove {key}")
 
 
 def find_preference_violations(recipe: Recipe) -> Iterator[RuleViolation]:

@@ -57,6 +57,8 @@ def find_model_violations(recipe: Recipe) -> Iterator[Broken]:
         yield ("lora",), message, "remove the lora section: all weights are trained"
     if model.quantization != "none":
         yield ("model", "quantization"), "a new model has no weights to quantise", "set quantization: none"
+    if model.adapter is not None:
+        yield ("model", "adapter"), "a new model has no weights that an adapter could be folded into", "remove it"
     if model.revision is not None:
         yield ("model", "revision"), "a new model has no revision on a hub", "remove it"
     if model.trust_remote_code:

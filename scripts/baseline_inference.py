@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from config.recipe_io import load_recipe
+from config.recipe_io import load_recipe, locate_problems
+from config.recipe_rules import ON_ANSWERS
 from utils import cli
 from utils.exceptions import RecipeError
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from utils.backends import load_backend
     from utils.inference import Responder, encode_prompts, make_settings
-    from utils.metrics import ON_ANSWERS, TITLES, format_value, score_answers
+    from utils.metrics import TITLES, format_value, score_answers
     from utils.model_source import find_model
     from utils.preflight import check_recipe, select_conversations
     from utils.seed_manager import SeedManager
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
     backend = load_backend(recipe.backend)
     SeedManager(recipe.seed).seed_everything()
-    model = backend.load_model(source, recipe)
+    with locate_problems(loaded):
+        model = backend.load_model(source, recipe)
     prompts = encode_prompts(preflight.tokenizer, examples)
     settings = make_settings(preflight.tokenizer, recipe.generation)
     responder = Responder(backend, model, preflight.tokenizer, settings, recipe.evaluation.batch_size)

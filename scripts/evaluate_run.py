@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_summary(evaluation, verdict)
     print(f"\nReport: {folder.report_file}")
     print(f"Next: python scripts/infer.py --run {folder.path}")
-    print(f"      python scripts/merge.py --run {folder.path}")
+    if not loaded.recipe.scratch:  # a new model has no base to merge with
+        print(f"      python scripts/merge.py --run {folder.path}")
     return 0
 
 

@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = cli.make_parser(__doc__)
     which = parser.add_mutually_exclusive_group()
     cli.add_run_argument(which)
-    which.add_argument("--model", metavar="NAME", help="a plain model instead: folder, hub id or embedded/<name>")
+    which.add_argument(
+        "--model", type=cli.read_name, metavar="NAME", help="a plain model instead: folder, hub id or embedded/<name>"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="one prompt; the answer is streamed")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="rows (prompt or messages), or one prompt a line")
@@ -39,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out and not options.prompts:
         parser.error("--out needs --prompts")
     folder = None if options.model else find_run(options.run)
+    if folder:
+        cli.check_run_overrides(options.overrides)
+    generation = None if folder else cli.read_generation(options.overrides)
     loaded = load_recipe(folder.recipe_file, options.overrides) if folder else None
 
     from utils.scoring import read_answers
@@ -51,10 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise RunError(message, where=options.model or str(folder and folder.path), fix=fix, code="no-answers")
     answers = read_answers(options.prompts) if judges else []
     conversations = read_prompts(options.prompts) if options.prompts and not judges else []
-    if folder and loaded:
-        opened = load_run(folder, loaded)
-    else:
-        opened = load_plain(options.model, cli.read_generation(options.overrides))
+    opened = load_run(folder, loaded) if folder and loaded else load_plain(options.model, generation)
     if judges:
         rewards = zip(answers, opened.open_judge().score(answers), strict=True)
         lines = [json.dumps({"messages": row.messages, "reward": found}, ensure_ascii=False) for row, found in rewards]

@@ -3,9 +3,9 @@
     python scripts/new_recipe.py --model embedded/smollm2-135m-instruct --data data/text_to_sql/train.jsonl
     python scripts/new_recipe.py --model Qwen/Qwen2.5-0.5B-Instruct --data my_chats.jsonl --profile chat --out recipes/mine.yaml
 
-The numbers come from the family table, the model's size, and the rows' format, number and length. The recipe is validated at
-once, and trains as it is. A model of the hub that is not in the cache is known by its name only, and what could not be checked
-is said. Nothing is overwritten.
+The numbers come from the family table, the model's size, and the rows' format, number and length. The recipe is printed and
+validated, and written only where nothing refuses it. A model of the hub that is not in the cache is known by its name only, and
+what could not be checked is said. Nothing is overwritten.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from utils.recipe_choices import METHODS, PROFILES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes and checks the recipe; returns the exit code."""
+    """Checks and writes the recipe; returns the exit code."""
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--model", required=True, metavar="NAME", help="hub id, folder or embedded/<name>")
-    parser.add_argument("--data", required=True, metavar="FILE", help="training rows: file, glob or hub dataset")
+    filled, what = cli.read_name, "training rows: file, glob or hub dataset"
+    parser.add_argument("--model", required=True, type=filled, metavar="NAME", help="hub id, folder or embedded/<name>")
+    parser.add_argument("--data", required=True, type=filled, metavar="FILE", help=what)
     parser.add_argument(
         "--profile", choices=PROFILES, help="kind of answers: sampling and metrics (default: by the rows)"
     )
@@ -39,14 +40,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from utils.preflight import summarise_preflight
     from utils.preview import print_warnings
-    from utils.recipe_writer import Order, check_new_recipe, describe_unchecked, plan_recipe, write_recipe
+    from utils.recipe_writer import (
+        Order,
+        check_new_recipe,
+        describe_unchecked,
+        format_recipe,
+        plan_recipe,
+        write_recipe,
+    )
 
     order = Order(options.model, options.data, options.profile, options.method, options.size, options.out)
     plan = plan_recipe(order)
-    loaded = write_recipe(plan)
-    print(plan.path.read_text(encoding="utf-8"))
+    text = format_recipe(plan)
+    print(text)
+    preflight = check_new_recipe(text, plan)
+    write_recipe(text, plan.path)
     print(f"Recipe: {plan.path}")
-    preflight = check_new_recipe(loaded, plan)
     if preflight is None:
         print(describe_unchecked(plan.model), file=sys.stderr)
         print(f"Next: python scripts/validate.py --recipe {plan.path}")

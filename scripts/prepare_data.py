@@ -32,7 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prepares the rows and prints what was done; returns the exit code."""
     parser = cli.make_parser(__doc__)
     parser.add_argument(
-        "--in", nargs="+", required=True, metavar="FILE", dest="sources", help="files, globs or hub ids"
+        "--in",
+        nargs="+",
+        required=True,
+        type=cli.read_name,
+        metavar="FILE",
+        dest="sources",
+        help="files, globs or hub ids",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write; must not exist")
     parser.add_argument("--to", choices=FORMATS, help="format to write (default: as it is)")
@@ -40,13 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--columns", nargs="+", default=[], type=read_pair, metavar="OLD=NEW", help="rename columns")
     parser.add_argument("--split", default=0.0, type=float, metavar="SHARE", help="share for FILE_eval, such as 0.1")
     parser.add_argument("--deduplicate", action="store_true", help="leave out rows that repeat an earlier one")
-    parser.add_argument("--against", nargs="+", default=[], metavar="FILE", help="leave out rows that stand in these")
+    what = "leave out rows that stand in these"
+    parser.add_argument("--against", nargs="+", default=[], type=cli.read_name, metavar="FILE", help=what)
     parser.add_argument("--seed", type=int, default=42, help="of the split (default: 42)")
     options = parser.parse_args(arguments)
     if not 0 <= options.split < 1:
         parser.error("--split is a share between 0 and 1")
 
-    from utils.data_preparation import Order, format_prepared, prepare_rows
+    from utils.data_preparation import Order, format_prepared, prepare_rows, speak_of_options
 
     order = Order(
         sources=options.sources,
@@ -59,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         against=options.against,
         seed=options.seed,
     )
-    for line in format_prepared(order, prepare_rows(order)):
+    with speak_of_options():
+        prepared = prepare_rows(order)
+    for line in format_prepared(order, prepared):
         print(line)
     return 0
 

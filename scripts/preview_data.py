@@ -9,6 +9,7 @@ Every check of a run comes first, so what is printed is exactly what train.py wo
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from config.recipe_io import load_recipe
 from utils import cli
 from utils.run_folder import OUTPUTS
 
+PICTURES = (".png", ".jpg", ".pdf", ".svg")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints examples and statistics and draws the picture; returns the exit code."""
@@ -27,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli.add_recipe_arguments(parser)
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="examples to show (default: 3)")
     parser.add_argument("--json", action="store_true", help="print for programs: text, input_ids and loss_mask")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="default: outputs/previews/<recipe>.png")
+    parser.add_argument("--picture", type=read_picture, metavar="FILE", help="default: outputs/previews/<recipe>.png")
     options = parser.parse_args(arguments)
     loaded = load_recipe(options.recipe, options.overrides)
 
@@ -52,6 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\nPicture: {picture}")
     print(f"Next: {cli.show_train_command(options)}")
     return 0
+
+
+def read_picture(text: str) -> Path:
+    """A file whose ending says what kind of picture it is."""
+    path = Path(text)
+    if path.suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in {', '.join(PICTURES)}")
+    return path
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from config.recipe_io import load_recipe
+from config.recipe_io import load_recipe, locate_problems
 from utils import cli
 from utils.run_folder import check_run_target, create_run_folder
 
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source = preflight.find_weights()
     backend = load_backend(recipe.backend)
     SeedManager(recipe.seed, deterministic=recipe.deterministic).seed_everything()
-    model = backend.attach_lora(backend.load_model(source, recipe), recipe)
+    with locate_problems(loaded):
+        model = backend.attach_lora(backend.load_model(source, recipe), recipe)
     loaded = choose_micro_batch_size(loaded, preflight, backend.describe_machine(model))
     folder = create_run_folder(loaded, options.run)
     state = run_training(PreparedRun(loaded, preflight, backend, model, folder))

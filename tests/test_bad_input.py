@@ -251,6 +251,68 @@ def test_a_plain_model_takes_generation_settings_only(tmp_path: Path) -> None:
     assert_refused(done, tmp_path, 2, "'embedded/x'", "embedded/smollm2-135m-instruct")
 
 
+def test_settings_that_a_plain_model_would_ignore_are_refused(tmp_path: Path) -> None:
+    # top_p under greedy decoding was a traceback of pydantic.
+    arguments = (
+        "--model",
+        "embedded/smollm2-135m-instruct",
+        "--prompts",
+        write_recipe(tmp_path).with_name("rows.jsonl"),
+    )
+    done = run_script(tmp_path, "infer", *arguments, "--set", "generation.top_p=0.5")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: --set generation.top_p: top_p only acts when sampling")
+
+
+@pytest.mark.parametrize("override", ["data.template=alpaca", "model.name=other", "lora.r=4", "data.loss_on=all"])
+def test_what_a_finished_run_was_trained_with_cannot_be_overridden(tmp_path: Path, override: str) -> None:
+    # Another template was ignored, and another model.name took another base, both in silence.
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(write_recipe(tmp_path).read_text(encoding="utf-8"), encoding="utf-8")
+    (run / "run.json").write_text('{"status": "finished"}', encoding="utf-8")
+    done = run_script(tmp_path, "infer", "--run", run, "--prompt", "hi", "--set", override)
+    assert_refused(done, tmp_path, 2, f"error: --set {override.partition('=')[0]}: ", "generation.…")
+    done = run_script(tmp_path, "infer", "--run", run, "--prompt", "hi", "--set", "generation.max_new_tokens=3")
+    assert_refused(done, tmp_path, 5, "no trained weights")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("new_recipe", ("--model", "", "--data", "rows.jsonl")),
+        ("new_recipe", ("--model", "x", "--data", " ")),
+        ("prepare_data", ("--in", "", "--out", "x.jsonl")),
+        ("prepare_data", ("--in", "a.jsonl", "--against", "", "--out", "x.jsonl")),
+        ("infer", ("--model", "", "--prompt", "hi")),
+    ],
+)
+def test_an_empty_name_is_refused_where_it_is_read(tmp_path: Path, script: str, arguments: tuple[str, ...]) -> None:
+    # An unset shell variable was a traceback, and `infer.py --model ""` asked the latest run instead.
+    done = run_script(tmp_path, script, *arguments)
+    assert done.returncode == 2
+    assert "the name is empty" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["lengths.xyz", "lengths"])
+def test_a_picture_of_no_known_kind_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    # It was a traceback after everything else; without a suffix, another file was written than the one that was named.
+    done = run_script(tmp_path, "preview_data", "--recipe", write_recipe(tmp_path), "--picture", name)
+    assert done.returncode == 2
+    assert f"'{name}' does not end in .png" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_new_recipe_for_one_long_text_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("It was a dark night. " * 50, encoding="utf-8")
+    out = tmp_path / "new.yaml"
+    arguments = ("--model", "Qwen/Qwen2.5-0.5B-Instruct", "--data", tmp_path / "corpus.txt", "--out", out)
+    done = run_script(tmp_path, "new_recipe", *arguments)
+    assert_refused(done, tmp_path, 2, "error: --data: ", "one text without rows")
+    assert not out.exists()
+
+
 def test_prompts_that_do_not_exist_are_a_data_error(tmp_path: Path) -> None:
     arguments = ("--model", "embedded/smollm2-135m-instruct", "--prompts")
     for name in ("none.txt", "none.jsonl"):

@@ -88,6 +88,17 @@ def test_a_run_on_pairs_learns_the_preference_and_reports_it(tmp_path: Path, tin
     assert "preference accuracy" in (run / "report.md").read_text(encoding="utf-8")
 
 
+def test_the_untouched_model_answers_prompts_of_pairs(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Metrics of pairs were taken for metrics of answers: KeyError 'database'.
+    recipe = write_recipe(
+        tmp_path, tiny_llama, "dpo", evaluation={"metrics": METRICS}, generation={"max_new_tokens": 2}
+    )
+    assert baseline_inference.main(["--recipe", str(recipe), "--show", "1"]) == 0
+    assert "8 answers of the untouched" in capsys.readouterr().out
+
+
 def test_a_second_run_finds_the_reference_on_disk_and_repeats_every_number(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, "dpo")
     written = []
@@ -127,6 +138,10 @@ def test_a_reward_model_learns_to_tell_answers_apart_and_scores_the_same_whereve
     rewards = [row["reward"] for row in found["run"]]
     assert [row["reward"] for row in found["merged"]] == pytest.approx(rewards, rel=1e-4)
     assert sum(chosen > rejected for chosen, rejected in zip(rewards[::2], rewards[1::2], strict=True)) > 18
+
+    scored = ["--model", str(merged), "--prompts", str(tmp_path / "pairs.jsonl")]
+    with pytest.raises(RecipeError, match="generation settings do nothing"):
+        infer.main([*scored, "--set", "generation.temperature=0.5"])
 
     # What users have: transformers, its tokenizer and the saved template.
     tokenizer = AutoTokenizer.from_pretrained(merged)

@@ -196,6 +196,18 @@ def test_columns_that_another_format_reads_are_named_when_left_out(tmp_path: Pat
     assert load_rows(str(order.target))[0].fields["id"] == 1
 
 
+def test_what_is_wrong_with_columns_is_said_in_words_of_the_option(tmp_path: Path) -> None:
+    # The messages named data.columns, a key of recipes.
+    write(tmp_path / "a.jsonl", [{"q": "a?", "reply": "b"}])
+    done = run(tmp_path, "--in", "a.jsonl", "--out", "b.jsonl", "--columns", "none=question", "--to", "messages")
+    assert done.returncode == 3
+    assert "--columns names 'none', which no row has" in done.stderr
+    write(tmp_path / "c.jsonl", [{"query": "a?", "solution": "b"}])
+    done = run(tmp_path, "--in", "c.jsonl", "--out", "b.jsonl")
+    assert "--columns query=question solution=answer, or" in done.stderr
+    assert "data.columns" not in done.stderr
+
+
 def test_the_script_converts_splits_and_says_what_comes_next(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl.gz"
     source.write_bytes(gzip.compress("".join(f'{{"q": "{n}?", "a": "yes"}}\n' for n in range(20)).encode()))

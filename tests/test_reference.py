@@ -54,6 +54,12 @@ def test_every_key_of_the_schema_stands_under_its_section() -> None:
     assert listed == set(iterate_schema_keys(Recipe)) | {name.rstrip(".") for name in sources}
 
 
+def test_the_design_names_every_section_and_every_key_of_the_top_level() -> None:
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = design[design.index("| section | says |") :].split("\n\n")[0]
+    assert {name for name in Recipe.model_fields if f"`{name}`" not in table} == set()
+
+
 def test_json_schema_refuses_unknown_keys_everywhere() -> None:
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
 

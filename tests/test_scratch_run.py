@@ -91,6 +91,8 @@ def test_the_report_compares_the_random_model_with_the_trained_one(finished: Pat
     assert perplexity["tuned"] < 1.7 < 15 < perplexity["base"]
     assert "the cat sat" in report["text"]["tuned"]
     assert "the cat sat" not in report["text"]["base"]
+    assert "infer.py" in done.stdout
+    assert "merge.py" not in done.stdout  # which refuses a run that has no base
     assert "Text before and after" in (finished / "run" / "report.md").read_text(encoding="utf-8")
 
 

@@ -19,6 +19,8 @@ from utils.exceptions import RecipeError, RunError, TunebookError
 from utils.logging import hide_secrets, set_up_logging
 
 STARTED = time.time()  # seconds since the epoch; scripts import this module first, so it is the run's beginning
+# How a finished run answers; everything else is what was trained.
+ANSWERING = ("generation", "evaluation.batch_size", "model.dtype", "data.system", "seed")
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -36,6 +38,13 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def add_override_argument(parser: argparse.ArgumentParser, text: str) -> None:
     """Adds `--set`."""
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=text)
+
+
+def read_name(text: str) -> str:
+    """A name of a model or of data; an empty one is most often a shell variable that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
 
 
 def show_train_command(options: argparse.Namespace) -> str:
@@ -94,9 +103,28 @@ def report_error(error: TunebookError, *, as_json: bool) -> None:
         print(hide_secrets(f"error: {problem}"), file=sys.stderr)
 
 
+def check_run_overrides(overrides: Sequence[str]) -> None:
+    """Refuses to change what a finished run was trained with: it would be ignored, or another model would answer.
+
+    Raises:
+        RecipeError: a key that does not say how to answer.
+    """
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key not in ANSWERING and not key.startswith("generation."):
+            message = "this is part of what was trained, and cannot be changed afterwards"
+            fix = f"leave it out; what can be set here: generation.…, {', '.join(ANSWERING)}"
+            raise RecipeError(message, where=f"--set {key}", fix=fix, code="override")
+
+
 def read_generation(overrides: Sequence[str]) -> GenerationSection:
-    """Generation settings from `--set generation.…` alone, for models without a recipe."""
-    from config.recipe_io import apply_override, load_values
+    """Generation settings from `--set generation.…` alone, for models without a recipe.
+
+    Raises:
+        RecipeError: another key, a bad value, or settings that would be ignored.
+    """
+    from config.recipe_io import apply_override, list_rule_problems, load_values
+    from config.recipe_rules import find_generation_violations
     from config.yaml_reader import YamlDocument
 
     document = YamlDocument({}, {(): 1})
@@ -104,7 +132,10 @@ def read_generation(overrides: Sequence[str]) -> GenerationSection:
         if not override.startswith("generation."):
             raise RecipeError(f"--set {override}: a plain model has generation settings only", fix="--set generation.…")
         apply_override(document, override)
-    return load_values(GenerationSection, document, "generation")
+    generation = load_values(GenerationSection, document, "generation")
+    if violations := list(find_generation_violations(generation)):
+        raise RecipeError.from_problems(list_rule_problems(violations, lambda key: f"--set {key}"))
+    return generation
 
 
 def print_stream(pieces: Generator[str, None, None]) -> None:

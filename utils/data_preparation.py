@@ -6,11 +6,12 @@ written. The second writes. So a file larger than memory can be prepared, and a 
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,6 +124,26 @@ def prepare_rows(order: Order) -> Prepared:
             raise DataError("changed while it was read", where=sources[0].name, fix="start again", code="changed")
     prepared.written = {writer.target: writer.rows for writer in writers}
     return prepared
+
+
+@contextmanager
+def speak_of_options() -> Iterator[None]:
+    """What reads rows speaks of the recipe's key data.columns; here it is an option, written as OLD=NEW."""
+    try:
+        yield
+    except DataError as error:
+        problems = [
+            replace(problem, message=to_option(problem.message), fix=to_option(problem.fix))
+            for problem in error.problems
+        ]
+        raise DataError.from_problems(problems) from error
+
+
+def to_option(text: str | None) -> str:
+    """`data.columns: {a: b, c: d}` → `--columns a=b c=d`."""
+    pairs = re.compile(r"data\.columns: \{(.*?)\}")
+    text = pairs.sub(lambda found: "--columns " + found[1].replace(": ", "=").replace(", ", " "), text or "")
+    return text.replace("data.columns", "--columns")
 
 
 def iterate_read(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from config.recipe_rules import PAIR_METRICS
+from config.recipe_rules import ON_ANSWERS, PAIR_METRICS
 from config.structured_config import MetricName, Recipe
 from utils.backends import Backend
 from utils.batching import pad_prompts_left
@@ -20,7 +20,6 @@ from utils.methods.preference import Scorer, count_answers
 from utils.methods.sft import make_evaluation_batches
 from utils.metrics import (
     LOWER_IS_BETTER,
-    ON_ANSWERS,
     Comparison,
     compare_losses,
     compare_scores,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
-from config.recipe_rules import PAIR_METRICS
+from config.recipe_rules import ON_ANSWERS, PAIR_METRICS
 from config.structured_config import MetricName
 from utils.data_formats import Example
 from utils.sql_execution import execution_match
@@ -17,7 +17,6 @@ from utils.sql_execution import execution_match
 RESAMPLES = 10_000
 MIN_ROWS = 5  # a bootstrap over one row has an interval of width 0
 LOWER_IS_BETTER: tuple[MetricName, ...] = ("loss", "perplexity")
-ON_ANSWERS: tuple[MetricName, ...] = ("exact_match", "execution_accuracy")
 BINARY: tuple[MetricName, ...] = (*ON_ANSWERS, *PAIR_METRICS)
 TITLES: dict[MetricName, str] = {
     "loss": "held-out loss (nats per token)",

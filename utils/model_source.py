@@ -21,6 +21,7 @@ DEFAULT_MODEL = EMBEDDED_PREFIX + next(iter(EMBEDDED_MODELS))
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LENGTH_BYTES = 8  # of the number in front of a safetensors header
 MAX_HEADER_BYTES = 100_000_000
 MAX_CONFIG_BYTES = 10_000_000
 MAX_INDEX_BYTES = 100_000_000
@@ -127,7 +128,7 @@ def find_model(
         fix = f"name a folder that exists, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or {DEFAULT_MODEL}"
         raise RecipeError(f"there is no model {model.name!r}", where=where, fix=fix, code="no-model")
     source = ModelSource(model.name, folder, read_config(folder, where))
-    if with_weights:
+    if with_weights or not is_on_hub(model.name):  # what a folder lacks now it will lack in the run
         check_weight_files(source)
     if model.adapter is None:
         return source
@@ -146,7 +147,7 @@ def check_weight_files(source: ModelSource) -> None:
     """The weights are there, all of them, as safetensors.
 
     Raises:
-        ModelLoadingError: none at all, or files missing that the index names.
+        ModelLoadingError: none at all, files missing that the index names, or a file that ends too early.
     """
     names = list_weight_names(source.folder)
     if missing := [name for name in names if not (source.folder / name).is_file()]:
@@ -158,6 +159,15 @@ def check_weight_files(source: ModelSource) -> None:
         fix = "name its base model" if what else "convert the model with save_pretrained(safe_serialization=True)"
         message = f"the model {what or 'has no .safetensors files'}"
         raise ModelLoadingError(message, where=str(source.folder), fix=fix, code="no-weights")
+    for path in source.list_weight_files():
+        header = read_header_bytes(path)
+        end = max((end for _, end in parse_header(header, path).values()), default=0)
+        lacking = LENGTH_BYTES + len(header) + end - path.stat().st_size
+        if lacking > 0:
+            fix = "copy or download it again"
+            raise ModelLoadingError(
+                f"the file ends {lacking:,} bytes too early", where=str(path), fix=fix, code="damaged"
+            )
 
 
 def find_embedded(name: str, where: str) -> Path:
@@ -245,7 +255,7 @@ def read_header_bytes(path: Path) -> bytes:
     """The JSON header of a safetensors file."""
     try:
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            (length,) = struct.unpack("<Q", file.read(LENGTH_BYTES))
             if length > min(MAX_HEADER_BYTES, path.stat().st_size):
                 raise ModelLoadingError("the safetensors header is too large", where=str(path), code="damaged")
             return file.read(length)
@@ -253,15 +263,24 @@ def read_header_bytes(path: Path) -> bytes:
         raise ModelLoadingError(f"not a safetensors file: {error}", where=str(path), code="damaged") from error
 
 
+def parse_header(content: bytes, path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shape, and last byte behind the header, of every tensor by name.
+
+    Raises:
+        ModelLoadingError: the header is damaged.
+    """
+    try:
+        entries = {name: entry for name, entry in json.loads(content).items() if name != "__metadata__"}
+        return {name: (tuple(entry["shape"]), int(entry["data_offsets"][1])) for name, entry in entries.items()}
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise ModelLoadingError("the safetensors header is damaged", where=str(path), code="damaged") from error
+
+
 def iterate_tensor_shapes(source: ModelSource) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yields name and shape of every tensor from the file headers: no weights are read."""
     for path in source.list_weight_files():
-        try:
-            header = json.loads(read_header_bytes(path))
-            shapes = [(name, tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise ModelLoadingError("the safetensors header is damaged", where=str(path), code="damaged") from error
-        yield from shapes
+        for name, (shape, _) in parse_header(read_header_bytes(path), path).items():
+            yield name, shape
 
 
 def list_modules(source: ModelSource) -> list[str]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from config.model_families import find_family, find_family_by_name
-from config.recipe_io import LoadedRecipe
-from config.recipe_rules import find_cadence_violations
+from config.model_families import ModelFamily, find_family, find_family_by_name
+from config.recipe_io import LoadedRecipe, list_rule_problems
+from config.recipe_rules import ON_ANSWERS, find_cadence_violations
 from config.structured_config import Recipe
+from utils.architectures import check_architecture
 from utils.backends import check_engine
 from utils.data_formats import Example
 from utils.exceptions import DataError, Problem, RecipeError
+from utils.hub import explain_errors, find_snapshot
 from utils.logging import get_logger
 from utils.machine import guess_device
 from utils.methods.pairs import have_one_prompt
@@ -25,6 +27,7 @@ from utils.model_source import (
     EMBEDDED_PREFIX,
     ModelSource,
     find_model,
+    is_on_hub,
     list_linear_modules,
     list_modules,
 )
@@ -108,15 +111,26 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     family = family or find_family(EMBEDDED_MODELS.get(recipe.model.name.removeprefix(EMBEDDED_PREFIX)))
     # A finished run is only measured here, so it does not matter whether this machine could train it.
     device = None if run else guess_device()
-    apply_rules(loaded, Facts(recipe, family, device=device))
+    apply_rules(loaded, Facts(recipe, family, device=device, has_chat_template=guess_chat_template(loaded, family)))
     scan = scan_rows(recipe.data, recipe.seed, loaded.find_origin)
     apply_rules(loaded, Facts(recipe, family, formats=scan.all_formats, first_rows=scan.first_rows))
     check_metrics(loaded, scan)
     where, adapter_where = loaded.find_origin("model.name"), loaded.find_origin("model.adapter")
     source = find_model(recipe.model, where, with_weights=False, adapter_where=adapter_where)
+    if recipe.model.revision is not None and not is_on_hub(recipe.model.name):
+        message = f"revision {recipe.model.revision!r} does nothing: {recipe.model.name} is not on a hub"
+        raise RecipeError(message, where=loaded.find_origin("model.revision"), fix="remove it", code="no-revision")
     modules = tuple(list_linear_modules(source))
     wholes = tuple(list_modules(source))
-    facts = Facts(recipe, source.family, modules=modules, whole_modules=wholes, is_reward=source.is_reward)
+    check_architecture(source, recipe.model, where)
+    facts = Facts(
+        recipe,
+        source.family,
+        model_type=source.model_type,
+        modules=modules,
+        whole_modules=wholes,
+        is_reward=source.is_reward,
+    )
     apply_rules(loaded, facts)
     row_formats = {*scan.formats, *scan.features}
     tokenizer = open_run_tokenizer(loaded, source, run) if run else open_tokenizer(loaded, source, row_formats)
@@ -131,6 +145,15 @@ def settle_dtype(loaded: LoadedRecipe) -> LoadedRecipe:
     if loaded.recipe.lora is not None or loaded.recipe.model.dtype != "auto":
         return loaded
     return loaded.with_automatic_value("model.dtype", "float32", "all weights are trained: 16 bits lose small updates")
+
+
+def guess_chat_template(loaded: LoadedRecipe, family: ModelFamily | None) -> bool | None:
+    """Whether the family of a model has a chat template; None where the model's files are here and speak for themselves."""
+    model = loaded.recipe.model
+    if family is None or not is_on_hub(model.name):
+        return None
+    with explain_errors(model, loaded.find_origin("model.name")):
+        return None if find_snapshot(model, with_weights=False, trust=True) else family.has_chat_template
 
 
 def check_new_model(loaded: LoadedRecipe, run: RunFolder | None) -> Preflight:
@@ -160,10 +183,11 @@ def complete_preflight(
     check_prompts(loaded, data)
     plan = plan_run(loaded.recipe, len(data.train))
     if violations := list(find_cadence_violations(loaded.recipe.training, plan.total_steps)):
-        places = [Problem("rule", v.message, loaded.find_origin(".".join(v.path)), v.fix) for v in violations]
-        raise RecipeError.from_problems(places)
-    loaded, resources = plan_resources(loaded, source, data, plan.total_steps)
-    facts = replace(collect_rule_facts(loaded, source, data, resources, plan), device=device)
+        raise RecipeError.from_problems(list_rule_problems(violations, loaded.find_origin))
+    loaded, resources = plan_resources(loaded, source, data, plan.total_steps, is_finished=device is None)
+    facts = collect_rule_facts(loaded, source, data, resources, plan)
+    has_template = bool(tokenizer.tokenizer.chat_template)
+    facts = replace(facts, device=device, formats=scan.formats, has_chat_template=has_template)
     warnings = (*scan.warnings, *apply_rules(loaded, facts), *resources.problems)
     log_automatic_values(loaded)
     return Preflight(loaded, source, tokenizer, scan, data, plan, resources, warnings)
@@ -215,9 +239,7 @@ def collect_rule_facts(
         held_out_answers=evaluation.answers,
         held_out_rows=len(evaluation),
         # A new model's windows have no prompt, and generation goes on beyond its context.
-        longest_prompt=None
-        if loaded.recipe.scratch or not evaluation
-        else int((evaluation.lengths - evaluation.supervised).max()),
+        longest_prompt=None if loaded.recipe.scratch or not evaluation else int(evaluation.prompt_lengths.max()),
         steps=plan.total_steps,
         tokens_per_step=float(data.train.lengths.mean()) * min(loaded.recipe.training.batch_size, len(data.train)),
         device=machine.device,
@@ -228,7 +250,7 @@ def collect_rule_facts(
 def check_metrics(loaded: LoadedRecipe, scan: RowScan) -> None:
     """Metrics on answers need rows with answers; execution accuracy needs a database in each row."""
     metrics = loaded.recipe.evaluation.metrics
-    generated = [name for name in metrics if name in ("exact_match", "execution_accuracy")]
+    generated = [name for name in metrics if name in ON_ANSWERS]
     for example in iterate_held_out(loaded, scan) if generated else ():
         if example.text is not None:
             fix = "remove it from evaluation.metrics"
@@ -289,7 +311,7 @@ def summarise_preflight(preflight: Preflight) -> dict[str, Any]:
         "held_out_rows": len(data.evaluation),
         "tokens_per_epoch": int(lengths.sum()),
         "supervised_tokens_per_epoch": int(supervised.sum()),
-        "longest_example": int(lengths.max()),
+        "longest_example": int(data.train.path_lengths.max()),
         "steps": plan.total_steps,
         "steps_per_epoch": plan.steps_per_epoch,
         "warmup_steps": plan.warmup_steps,

@@ -76,9 +76,10 @@ def describe_example(example: EncodedExample, tokenizer: TokenizerUtils) -> dict
 
 
 def collect_statistics(preflight: Preflight) -> dict[str, Any]:
-    """The training set in numbers; lengths are in tokens."""
+    """The training set in numbers; lengths are in tokens, of a pair those of its longer conversation."""
     data, scan = preflight.data, preflight.scan
-    lengths, supervised = data.train.lengths, data.train.supervised
+    lengths, supervised = data.train.path_lengths, data.train.supervised
+    tokens = int(data.train.lengths.sum())
     span = int(lengths.min()), int(lengths.max()) + 1
     counts, edges = np.histogram(lengths, bins=min(BARS, span[1] - span[0]), range=span)
     bounds = np.ceil(edges).astype(int).tolist()
@@ -90,7 +91,7 @@ def collect_statistics(preflight: Preflight) -> dict[str, Any]:
         "examples": len(data.train),
         "left_out": data.counts["train"].dropped,
         "cut": data.counts["train"].cut,
-        "tokens": int(lengths.sum()),
+        "tokens": tokens,
         "length": {
             "shortest": int(lengths.min()),
             "median": int(np.median(lengths)),
@@ -100,7 +101,7 @@ def collect_statistics(preflight: Preflight) -> dict[str, Any]:
         },
         **describe_answers(data.train.answers),
         "supervised_tokens": int(supervised.sum()),
-        "supervised_share": round(float(supervised.sum() / lengths.sum()), 4),
+        "supervised_share": round(float(supervised.sum() / tokens), 4),
         "histogram": [
             {"from": start, "below": end, "examples": count}
             for start, end, count in zip(bounds, bounds[1:], counts.tolist(), strict=False)
@@ -147,7 +148,7 @@ def plot_statistics(preflight: Preflight, max_length: int, target: Path) -> None
 
     lengths, supervised = preflight.data.train.lengths, preflight.data.train.supervised
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
-    left.hist(lengths, bins=40, color="tab:blue")
+    left.hist(preflight.data.train.path_lengths, bins=40, color="tab:blue")
     left.axvline(max_length, color="tab:red", linestyle="--", label=f"data.max_length {max_length}")
     left.set(title=f"{len(lengths):,} training examples", xlabel="tokens", ylabel="examples")
     left.legend()

@@ -12,6 +12,7 @@ from config.structured_config import DataSection, ModelSection
 from utils.data_loading import find_kind
 from utils.data_sources import find_sources
 from utils.exceptions import ModelLoadingError, Problem, RecipeError
+from utils.methods.preference import count_answers
 from utils.model_shape import find_positions, measure_shape
 from utils.model_source import ModelSource, find_model
 from utils.prepared_data import iterate_held_out, prepare_data
@@ -62,7 +63,8 @@ class RowFacts:
         eval: held-out rows that lie beside them.
         scan: what the first pass found.
         longest: tokens of the longest row.
-        longest_answer: tokens that are learned of a row, at most; None where nothing could be counted.
+        longest_answer: tokens that are learned of a row, at most, and of a pair those of its longer answer; None where
+            nothing could be counted.
         longest_prompt: of the held-out rows, in tokens; None where nothing could be counted.
         runnable: every held-out row brings the database that its answer is run on.
     """
@@ -170,9 +172,9 @@ def inspect_rows(train: str) -> RowFacts:
     scan = scan_rows(data, SEED, find_origin)
     longest = 0.0
     for example in iterate_examples(find_sources(train, DATA_OPTION), data):
-        turns = [*example.messages, *example.rejected[-1:]]
-        size = len((example.text or "").encode()) + sum(len(str(turn["content"]).encode()) for turn in turns)
-        longest = max(longest, size / BYTES_PER_TOKEN + TOKENS_PER_TURN * (len(turns) + 2))
+        for turns in (example.messages, example.rejected):
+            size = len((example.text or "").encode()) + sum(len(str(turn["content"]).encode()) for turn in turns)
+            longest = max(longest, size / BYTES_PER_TOKEN + TOKENS_PER_TURN * (len(turns) + 2))
     return RowFacts(train, held_out, scan, round(longest))
 
 
@@ -189,13 +191,14 @@ def count_tokens(rows: RowFacts, draft: LoadedRecipe, source: ModelSource | None
     tokenizer = open_tokenizer(draft, source, {*rows.scan.formats, *rows.scan.features})
     data = prepare_data(draft, rows.scan, tokenizer)
     sets = [each for each in (data.train, data.evaluation) if len(each)]
-    prompts = [int((each.lengths - each.supervised).max()) for each in sets]
+    learns_pairs = draft.recipe.training.learns_pairs
+    answers = [count_answers(each) if learns_pairs else each.supervised for each in sets]
     return RowFacts(
         rows.train,
         rows.eval,
         rows.scan,
-        longest=max(int(each.lengths.max()) for each in sets),
-        longest_answer=max(int(each.supervised.max()) for each in sets),
-        longest_prompt=prompts[-1],
+        longest=max(int(each.path_lengths.max()) for each in sets),
+        longest_answer=max(int(each.max()) for each in answers),
+        longest_prompt=int(sets[-1].prompt_lengths.max()),
         runnable=runnable,
     )

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from config.recipe_io import LoadedRecipe, load_recipe
-from config.structured_config import Recipe
-from config.yaml_reader import RecipeDumper
+from config.recipe_io import LoadedRecipe, build_recipe, check_document
+from config.yaml_reader import RecipeDumper, parse_yaml
 from utils.exceptions import RecipeError
 from utils.preflight import Preflight, check_recipe
 from utils.recipe_choices import (
@@ -74,14 +73,13 @@ def plan_recipe(order: Order) -> Plan:
 def make_draft(plan: Plan) -> LoadedRecipe:
     """A recipe that exists in memory only, with a limit that no row exceeds: to count tokens with."""
     strategy, _ = choose_strategy(plan)
-    recipe = Recipe.model_validate(
-        {
-            "seed": SEED,
-            "model": {"name": plan.model.name},
-            "data": {"train": plan.rows.train, "eval": plan.rows.eval, "strategy": strategy, "max_length": 1_048_576},
-            "training": {"method": plan.method},
-        }
-    )
+    values = {
+        "seed": SEED,
+        "model": {"name": plan.model.name},
+        "data": {"train": plan.rows.train, "eval": plan.rows.eval, "strategy": strategy, "max_length": 1_048_576},
+        "training": {"method": plan.method},
+    }
+    recipe = build_recipe(values, find_origin)
     return LoadedRecipe(recipe, plan.path, {key: find_origin(key) for key in ("model.name", "data.train", "data.eval")})
 
 
@@ -107,25 +105,27 @@ def check_target(path: Path) -> None:
         raise RecipeError("this recipe exists already", where=str(path), fix=fix, code="exists")
 
 
-def write_recipe(plan: Plan) -> LoadedRecipe:
-    """Writes the file and reads it back.
+def write_recipe(text: str, path: Path) -> None:
+    """Writes the file.
 
     Raises:
         RecipeError: the file has come into being meanwhile, or cannot be written.
     """
     try:
-        plan.path.parent.mkdir(parents=True, exist_ok=True)
-        with plan.path.open("x", encoding="utf-8") as file:
-            file.write(format_recipe(plan))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         message = f"the recipe cannot be written: {error.strerror}"
         fix = "name another file with --out"
-        raise RecipeError(message, where=str(plan.path), fix=fix, code="exists") from error
-    return load_recipe(plan.path)
+        raise RecipeError(message, where=str(path), fix=fix, code="exists") from error
 
 
-def check_new_recipe(loaded: LoadedRecipe, plan: Plan) -> Preflight | None:
+def check_new_recipe(text: str, plan: Plan) -> Preflight | None:
     """Runs the pre-flight where the model's files are here, and the rules that need none elsewhere.
+
+    Args:
+        text: of the recipe, before it is written: one that is refused leaves no file behind.
 
     Returns:
         None if the model's files are not here.
@@ -133,10 +133,18 @@ def check_new_recipe(loaded: LoadedRecipe, plan: Plan) -> Preflight | None:
     Raises:
         RecipeError, DataError, MachineError: what is wrong.
     """
+    loaded = check_document(parse_yaml(text, str(plan.path)), plan.path)
     if plan.model.source is not None:
         return check_recipe(loaded)
-    formats = plan.rows.scan.formats
-    apply_rules(loaded, Facts(loaded.recipe, plan.model.family, formats=formats, parameters=plan.model.parameters))
+    model = plan.model
+    facts = Facts(
+        loaded.recipe,
+        model.family,
+        has_chat_template=model.can_chat,
+        formats=plan.rows.scan.formats,
+        parameters=model.parameters,
+    )
+    apply_rules(loaded, facts)
     return None
 
 

@@ -43,12 +43,13 @@ class Resources:
 
 
 def plan_resources(
-    loaded: LoadedRecipe, source: ModelSource, data: PreparedData, steps: int
+    loaded: LoadedRecipe, source: ModelSource, data: PreparedData, steps: int, *, is_finished: bool = False
 ) -> tuple[LoadedRecipe, Resources]:
     """Predicts what the run will take.
 
     Args:
         steps: optimizer steps of the run.
+        is_finished: the run is only measured, so this machine need not have what it took to train it.
 
     Returns:
         The recipe, with `gradient_checkpointing: auto` decided, and the predictions for it.
@@ -68,6 +69,7 @@ def plan_resources(
     problems: list[Problem] = []
     if shape is not None:
         disk = estimate_disk(recipe, shape, source.config)
+    if disk is not None and not is_finished:
         problems += check_memory(memory, machine, loaded.find_origin("training.micro_batch_size")) if memory else []
         problems += check_disk(disk, loaded.find_origin("training.keep_checkpoints"))
     tokens = float(np.mean(data.train.lengths)) * min(recipe.training.batch_size, len(data.train)) * steps

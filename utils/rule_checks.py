@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
-from config.model_families import ModelFamily, find_learning_rate
-from config.recipe_rules import PAIR_METRICS
+from config.model_families import PACKING_MODELS, ModelFamily, find_learning_rate
+from config.recipe_rules import ON_ANSWERS, PAIR_METRICS
 from config.structured_config import Recipe
 
 TOO_FAR = 5.0  # a learning rate this many times above or below the table is rarely meant
@@ -26,10 +27,11 @@ class Facts:
     Attributes:
         recipe: the valid recipe.
         family: the model's row in the family table.
+        model_type: the architecture's name in transformers.
         modules: names of the linear modules that an adapter can attach to.
         whole_modules: names of the modules that can be trained whole.
         is_reward: the model ends in one number instead of a vocabulary.
-        has_chat_template: whether the tokenizer brings a chat template.
+        has_chat_template: whether the tokenizer brings a chat template; before it can be looked at, whether its family does.
         parameters: of the model.
         positions: longest sequence that the model was made for, in tokens.
         learned_positions: nothing lies beyond the last position.
@@ -49,6 +51,7 @@ class Facts:
 
     recipe: Recipe
     family: ModelFamily | None = None
+    model_type: str | None = None
     modules: tuple[str, ...] = ()
     whole_modules: tuple[str, ...] = ()
     is_reward: bool = False
@@ -78,9 +81,7 @@ class Facts:
 def find_no_chat_template(facts: Facts) -> str | None:
     """Strategy chat on a model that cannot chat."""
     data = facts.recipe.data
-    knows_none = facts.family is not None and not facts.family.has_chat_template
-    has_template = facts.has_chat_template if facts.has_chat_template is not None else not knows_none
-    if data.strategy != "chat" or data.template != "auto" or has_template:
+    if data.strategy != "chat" or data.template != "auto" or facts.has_chat_template is not False:
         return None
     return f"{facts.family.name if facts.family else facts.recipe.model.name} has no chat template"
 
@@ -155,6 +156,13 @@ def find_no_preference_metric(facts: Facts) -> str | None:
     return "no metric of the report looks at the pairs or labels"
 
 
+def name_preference_metrics(facts: Facts) -> str:
+    """The metrics that fit rows and method: ORPO's schema refuses those that compare with the untouched model."""
+    if facts.holds_out_labels:
+        return "label_accuracy"
+    return "preference_accuracy_per_token" if facts.recipe.orpo else "preference_accuracy and reward_accuracy"
+
+
 def find_reward_model(facts: Facts) -> str | None:
     """A model without a vocabulary under a method that predicts tokens."""
     method = facts.recipe.training.method
@@ -169,6 +177,13 @@ def find_raw_text(facts: Facts) -> str | None:
     if facts.recipe.data.strategy != "chat" or not count:
         return None
     return f"{count} rows are raw text and no conversations, and strategy is chat"
+
+
+def find_leaking_pack(facts: Facts) -> str | None:
+    """Packing on an architecture that does not keep the examples of a row apart, or that nobody has tried."""
+    if not facts.recipe.training.packing or facts.model_type is None or facts.model_type in PACKING_MODELS:
+        return None
+    return f"nobody has shown that {facts.model_type} keeps the examples of a packed row apart, as packing needs"
 
 
 def find_beyond_positions(facts: Facts) -> str | None:
@@ -266,12 +281,45 @@ def find_few_held_out(facts: Facts) -> str | None:
     return f"only {count} held-out rows" if count is not None and 0 < count < FEW_HELD_OUT else None
 
 
+def find_text_loss_on(facts: Facts) -> str | None:
+    """A choice among turns where no row has any."""
+    if facts.formats.keys() != {"text"} or facts.recipe.data.loss_on != "last":
+        return None
+    return "loss_on: last does nothing: every row is raw text, of which all tokens are learned"
+
+
+def find_unlearned_words(facts: Facts, key: Literal["template", "system"]) -> str | None:
+    """Words around messages where no row has any: training never shows them, and inference would."""
+    data = facts.recipe.data
+    asked = data.system is not None if key == "system" else data.template != "auto"
+    if facts.formats.keys() != {"text"} or not asked or facts.recipe.scratch:
+        return None
+    return f"every row is raw text, which stands alone: {key} is not learned, and only put around prompts in inference"
+
+
+def find_idle_samples(facts: Facts) -> str | None:
+    """Answers for the report that no metric asks the models for."""
+    evaluation = facts.recipe.evaluation
+    usual = type(evaluation).model_fields["samples"].default
+    if evaluation.samples in (0, usual) or set(evaluation.metrics) & set(ON_ANSWERS):
+        return None
+    return f"samples {evaluation.samples} shows answers in the report, and no metric has any written"
+
+
+def find_idle_project(facts: Facts) -> str | None:
+    """A name for a tracker that is off."""
+    tracking = facts.recipe.tracking
+    is_usual = tracking.project == type(tracking).model_fields["project"].default
+    return None if tracking.wandb or is_usual else f"project {tracking.project!r} is for wandb, which is off"
+
+
 def find_no_held_out(facts: Facts) -> str | None:
     """Nothing to measure on."""
-    data = facts.recipe.data
+    data, evaluation = facts.recipe.data, facts.recipe.evaluation
     by_recipe = data.eval is None and data.eval_fraction == 0
     if facts.held_out_rows == 0 or (facts.held_out_rows is None and by_recipe):
         message = "no held-out rows, so nothing will show whether it got better"
-        stops_early = facts.recipe.training.early_stopping_patience is not None
-        return f"{message}, and early stopping cannot act" if stops_early else message
+        if facts.recipe.training.early_stopping_patience is not None:
+            return f"{message}, and early stopping cannot act"
+        return f"{message}, by evaluation.metrics either" if "metrics" in evaluation.model_fields_set else message
     return None

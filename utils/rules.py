@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from config.recipe_io import LoadedRecipe
+from config.recipe_rules import ON_ANSWERS
 from config.structured_config import Recipe
 from utils.exceptions import Problem, RecipeError
 from utils.label_checks import (
@@ -31,6 +32,9 @@ from utils.rule_checks import (
     find_few_held_out,
     find_few_steps,
     find_foreign_tokenizer,
+    find_idle_project,
+    find_idle_samples,
+    find_leaking_pack,
     find_long_step,
     find_lora_target,
     find_no_chat_template,
@@ -40,9 +44,12 @@ from utils.rule_checks import (
     find_preference_rows,
     find_raw_text,
     find_reward_model,
+    find_text_loss_on,
     find_unknown_module,
+    find_unlearned_words,
     find_usual_rate,
     list_modules,
+    name_preference_metrics,
     show_pair_rows,
 )
 
@@ -201,11 +208,7 @@ RULES = (
         "no-preference-metric",
         "evaluation.metrics",
         find_no_preference_metric,
-        lambda facts: (
-            "add label_accuracy to evaluation.metrics"
-            if facts.holds_out_labels
-            else "add preference_accuracy and reward_accuracy to evaluation.metrics"
-        ),
+        lambda facts: f"add {name_preference_metrics(facts)} to evaluation.metrics",
     ),
     Rule(
         "error",
@@ -214,6 +217,7 @@ RULES = (
         find_reward_model,
         "set training.method: reward, or name the language model that it was made from",
     ),
+    Rule("error", "leaking-pack", "training.packing", find_leaking_pack, "set training.packing: false"),
     Rule(
         "error",
         "raw-text",
@@ -280,6 +284,31 @@ RULES = (
         "training.small_data chooses for a small set",
     ),
     Rule("warning", "few-held-out", "data.eval_fraction", find_few_held_out, "hold out at least 5 rows"),
+    Rule(
+        "warning",
+        "idle-samples",
+        "evaluation.samples",
+        find_idle_samples,
+        f"add {' or '.join(ON_ANSWERS)} to evaluation.metrics, or remove samples",
+    ),
+    Rule(
+        "warning", "idle-project", "tracking.project", find_idle_project, "set tracking.wandb: true, or remove project"
+    ),
+    Rule("warning", "text-loss-on", "data.loss_on", find_text_loss_on, "remove loss_on, or write the rows as messages"),
+    Rule(
+        "warning",
+        "text-template",
+        "data.template",
+        lambda facts: find_unlearned_words(facts, "template"),
+        "remove template, or write the rows as messages",
+    ),
+    Rule(
+        "warning",
+        "text-system",
+        "data.system",
+        lambda facts: find_unlearned_words(facts, "system"),
+        "remove system, or write the rows as messages",
+    ),
     Rule("warning", "no-eval", "data.eval_fraction", find_no_held_out, "set data.eval or data.eval_fraction"),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal
 
-from config.recipe_io import LoadedRecipe
+from config.recipe_io import LoadedRecipe, locate_problems
 from config.structured_config import Recipe
 from utils.added_tokens import add_tokens, find_added_ids
 from utils.chat_templates import ChatTemplate, find_template
@@ -26,15 +26,16 @@ def open_tokenizer(loaded: LoadedRecipe, source: ModelSource, row_formats: Colle
         own = tokenizer.chat_template
         found = find_template(data.template, data.strategy, own, row_formats, loaded.find_origin("data.template"))
         add_tokens(tokenizer, data.added_tokens, loaded.find_origin("data.added_tokens"), template=found.source)
-    return TokenizerUtils(
-        tokenizer,
-        template=data.template,
-        strategy=data.strategy,
-        loss_on=choose_loss_on(loaded.recipe),
-        system=data.system,
-        row_formats=row_formats,
-        keeps_ending=loaded.recipe.reward is not None,
-    )
+    with locate_problems(loaded):
+        return TokenizerUtils(
+            tokenizer,
+            template=data.template,
+            strategy=data.strategy,
+            loss_on=choose_loss_on(loaded.recipe),
+            system=data.system,
+            row_formats=row_formats,
+            keeps_ending=loaded.recipe.reward is not None,
+        )
 
 
 def open_run_tokenizer(loaded: LoadedRecipe, source: ModelSource, run: RunFolder) -> TokenizerUtils:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from config.recipe_io import LoadedRecipe
+from config.recipe_io import LoadedRecipe, locate_problems
 from config.structured_config import DataSection, Recipe, ScratchSection
 from utils.cache_keys import hash_code
 from utils.data_sources import find_sources
@@ -110,7 +110,8 @@ def open_new_model(loaded: LoadedRecipe) -> ModelSource:
 
     def build(folder: Path) -> dict[str, Any]:
         corpus = read_corpus(loaded)
-        write_tokenizer(train_tokenizer(scratch, [*corpus.train, *corpus.evaluation]), folder)
+        with locate_problems(loaded):
+            write_tokenizer(train_tokenizer(scratch, [*corpus.train, *corpus.evaluation]), folder)
         return {}
 
     folder, _ = open_or_build(hash_facts(facts), TOKENIZER_FILES, build)

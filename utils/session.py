@@ -12,10 +12,10 @@ from config.structured_config import DataSection, GenerationSection, ModelSectio
 from utils.backends import Backend, load_backend
 from utils.batching import pad_prompts_left
 from utils.evaluation import load_trained_model
-from utils.exceptions import DataError
+from utils.exceptions import DataError, RecipeError
 from utils.inference import Ids, Responder, make_settings
 from utils.messages import Message, check_message, check_text
-from utils.model_source import ModelSource, find_model
+from utils.model_source import EMBEDDED_PREFIX, ModelSource, find_model
 from utils.run_folder import RunFolder
 from utils.run_tokenizer import choose_loss_on, open_run_tokenizer
 from utils.scoring import Judge
@@ -105,19 +105,29 @@ def load_run(folder: RunFolder, loaded: LoadedRecipe) -> LoadedModel:
 
 
 def judges_answers(name: str) -> bool:
-    """True for the name of a reward model."""
-    return find_model(ModelSection(name=name), "--model", with_weights=False).is_reward
+    """True for the name of a reward model; an embedded one is none, which is known before it is converted."""
+    return (
+        not name.startswith(EMBEDDED_PREFIX)
+        and find_model(ModelSection(name=name), "--model", with_weights=False).is_reward
+    )
 
 
-def load_plain(name: str, generation: GenerationSection) -> LoadedModel:
-    """Loads a model that is no run: a merged folder, a local model, a hub id or an embedded one."""
+def load_plain(name: str, generation: GenerationSection | None = None) -> LoadedModel:
+    """Loads a model that is no run: a merged folder, a local model, a hub id or an embedded one.
+
+    Raises:
+        RecipeError: settings of generation for a reward model.
+    """
     section = ModelSection(name=name)
     source = find_model(section, "--model", with_weights=True)
     values: dict[str, Any] = {"model": section, "data": DataSection(train="unused")}
     if source.is_reward:
+        if generation and generation.model_fields_set:
+            message = "a reward model writes no answers, so generation settings do nothing"
+            raise RecipeError(message, where="--set", fix="leave it out", code="no-answers")
         values["training"] = {"method": "reward"}
     else:
-        values |= {"training": {"method": "sft"}, "generation": generation}
+        values |= {"training": {"method": "sft"}, "generation": generation or GenerationSection()}
     recipe = Recipe(**values)
     loaded = load_tokenizer(source.folder)
     # A model without a template of its own gets the prompt as it is.

@@ -94,7 +94,7 @@ def propose_gentle_values(recipe: Recipe, examples: int) -> Iterator[Change]:
     impossible = set()
     if training.max_steps is not None:
         impossible.add("training.epochs")
-    if training.packing:
+    if training.packing or training.engine == "trl":
         impossible.add("training.neftune_alpha")
     if data.eval is None and data.eval_fraction == 0:
         impossible.add("training.early_stopping_patience")

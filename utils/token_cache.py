@@ -94,9 +94,23 @@ class EncodedSet(Sequence[EncodedExample]):
         return self._collect(lambda table: np.diff(table.offsets))
 
     @property
+    def path_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of the longest conversation in each example, which `data.max_length` limits, shape (examples,)."""
+        chosen, rejected = (self._read_numbers(name) for name in ("chosen_start", "rejected_start"))
+        lengths = self.lengths
+        return np.where(chosen < 0, lengths, chosen + np.maximum(rejected - chosen, lengths - rejected))
+
+    @property
+    def prompt_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example that are not learned; of a pair, those of its one prompt, shape (examples,)."""
+        chosen = self._read_numbers("chosen_start")
+        # The trunk of a pair is its prompt without the last token.
+        return np.where(chosen < 0, self.lengths - self.supervised, chosen + 1)
+
+    @property
     def supervised(self) -> npt.NDArray[np.int64]:
         """Learned tokens of each example, shape (examples,)."""
-        return self._collect(lambda table: view_column(table.columns["supervised"], "i4"))
+        return self._read_numbers("supervised")
 
     @property
     def largest_id(self) -> int:
@@ -106,7 +120,11 @@ class EncodedSet(Sequence[EncodedExample]):
     @property
     def sources(self) -> npt.NDArray[np.int64]:
         """Number of the source that each example came from, shape (examples,)."""
-        return self._collect(lambda table: view_column(table.columns["source"], "i4"))
+        return self._read_numbers("source")
+
+    def _read_numbers(self, name: str) -> npt.NDArray[np.int64]:
+        """A column of whole numbers."""
+        return self._collect(lambda table: view_column(table.columns[name], "i4"))
 
     @property
     def answers(self) -> tuple[int, int]:

@@ -52,9 +52,9 @@ class PreparedRun:
 
 
 def choose_micro_batch_size(loaded: LoadedRecipe, preflight: Preflight, machine: MachineFacts) -> LoadedRecipe:
-    """Replaces `micro_batch_size: auto` by what gives every worker a share and fits the token budget."""
+    """Replaces `micro_batch_size: auto` by what gives every worker a share and fits the token budget; packed rows have none."""
     training = loaded.recipe.training
-    if training.micro_batch_size != "auto":
+    if training.micro_batch_size != "auto" or training.packing:
         return loaded
     longest = int(preflight.data.train.lengths.max())
     size = workload.choose_micro_batch_size(training.batch_size, longest, machine.workers, machine.token_budget)

@@ -154,6 +154,18 @@ def test_every_variant_survives_saving_loading_and_merging_and_merges_as_peft_do
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ("c_attn",)])
+def test_gpt2s_transposed_matrices_get_adapters_without_a_warning(
+    folders: dict[str, Path], recwarn: pytest.WarningsRecorder, targets: str | tuple[str, ...]
+) -> None:
+    # peft warned about fan_in_fan_out on every run with GPT-2.
+    recipe = make_recipe(folders["gpt2"], {"r": 4, "target_modules": targets})
+    assert load_fresh(folders["gpt2"], recipe).network.peft_config["default"].fan_in_fan_out
+    tied = make_recipe(folders["tied"], {"r": 4})
+    assert not load_fresh(folders["tied"], tied).network.peft_config["default"].fan_in_fan_out
+    assert [str(one.message) for one in recwarn if "fan_in_fan_out" in str(one.message)] == []
+
+
 def test_pissa_starts_at_the_base_with_its_largest_singular_values_in_the_adapter(folders: dict[str, Path]) -> None:
     folder, batch = folders["untied"], make_batch()
     recipe = make_recipe(folder, {"r": 4, "alpha": 4, "variant": "pissa", "target_modules": ["q_proj"]})

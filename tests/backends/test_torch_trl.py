@@ -330,7 +330,7 @@ HONOURED = {
     ),
 }
 REFUSED: dict[str, dict[str, Any]] = {
-    "training.packing": {"training": {"packing": True}},
+    "training.packing": {"training": {"packing": True, "micro_batch_size": "auto"}},
     "training.neftune_alpha": {"training": {"neftune_alpha": 5.0}},
     "lora.target_modules": {"lora": {"target_modules": ["q_proj", "lm_head"]}},
     "data.added_tokens": {"data": {"added_tokens": ["<sql>"]}},
@@ -365,6 +365,15 @@ def test_pissa_on_pairs_is_refused_under_trl() -> None:
     Recipe(**values)
     with pytest.raises(ValidationError, match="second adapter for the reference"):
         Recipe(**make_values("m", lora={"variant": "pissa"}, training={"method": "dpo", "engine": "trl"}))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "fp4"])
+def test_a_copied_reference_on_a_quantised_base_is_refused_under_trl(quantization: str) -> None:
+    # TRL would copy the quantised network, and ended with an AttributeError.
+    sections = {"lora": {}, "model": {"name": "m", "quantization": quantization}, "dpo": {"reference": "model"}}
+    Recipe(**make_values("m", **sections, training={"method": "dpo"}))
+    with pytest.raises(ValidationError, match=f"cannot copy {quantization} weights"):
+        Recipe(**make_values("m", **sections, training={"method": "dpo", "engine": "trl"}))
 
 
 @pytest.mark.parametrize("method", ["kto", "orpo"])

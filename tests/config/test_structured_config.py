@@ -78,6 +78,16 @@ RULES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"training": {"packing": True, "neftune_alpha": 5.0}},
         {"training": {"packing": False, "neftune_alpha": 5.0}},
     ),
+    (
+        "training.micro_batch_size",
+        {"training": {"packing": True, "micro_batch_size": 4}},
+        {"training": {"packing": True, "micro_batch_size": "auto"}},
+    ),
+    (
+        "training.eval_every",
+        {"data": {"eval_fraction": 0.0}, "training": {"eval_every": 5}},
+        {"data": {"eval_fraction": 0.0}, "training": {"eval_every": "epoch"}},
+    ),
     ("training.max_steps", {"training": {"max_steps": 9, "epochs": 3.0}}, {"training": {"max_steps": 9}}),
     (
         "training.micro_batch_size",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from config.model_families import FAMILIES, find_family
 from config.recipe_io import iterate_schema_keys, load_recipe
+from config.recipe_rules import PAIR_METRICS
 from config.structured_config import Recipe
 from utils.exceptions import RecipeError
 from utils.model_source import ModelSource
@@ -31,6 +33,7 @@ def make_recipe(**sections: Any) -> Recipe:
         "training": {"method": "sft"},
         "generation": {},
         "evaluation": {},
+        "tracking": {},
     }
     for name, changes in sections.items():
         values[name] = None if changes is None else {**values[name], **changes}
@@ -70,7 +73,18 @@ DPO: dict[str, Any] = {
 KTO: dict[str, Any] = {"training": {"method": "kto"}, "evaluation": {"metrics": ("label_accuracy",)}}
 GPT2 = find_family("gpt2")
 BROKEN: list[tuple[str, str, str, Facts]] = [
-    ("error", "no-chat-template", "data.strategy", Facts(make_recipe(data={"strategy": "chat"}), family=GPT2)),
+    (
+        "error",
+        "no-chat-template",
+        "data.strategy",
+        Facts(make_recipe(data={"strategy": "chat"}), family=GPT2, has_chat_template=False),
+    ),
+    (
+        "error",
+        "leaking-pack",
+        "training.packing",
+        Facts(make_recipe(training={"packing": True}), model_type="opt"),
+    ),
     (
         "error",
         "no-chat-template",
@@ -195,6 +209,11 @@ BROKEN: list[tuple[str, str, str, Facts]] = [
     ("warning", "few-held-out", "data.eval_fraction", Facts(make_recipe(), held_out_rows=4)),
     ("warning", "no-eval", "data.eval_fraction", Facts(make_recipe(), held_out_rows=0)),
     ("warning", "no-eval", "data.eval_fraction", Facts(make_recipe(data={"eval_fraction": 0.0}))),
+    ("warning", "idle-samples", "evaluation.samples", Facts(make_recipe(evaluation={"samples": 6}))),
+    ("warning", "idle-project", "tracking.project", Facts(make_recipe(tracking={"project": "mine"}))),
+    ("warning", "text-loss-on", "data.loss_on", Facts(make_recipe(data={"loss_on": "last"}), formats={"text": 2})),
+    ("warning", "text-template", "data.template", Facts(make_recipe(data={"template": "raw"}), formats={"text": 2})),
+    ("warning", "text-system", "data.system", Facts(make_recipe(data={"system": "Hi."}), formats={"text": 2})),
     ("warning", "unusual-value", "training.epochs", Facts(make_recipe(training={"epochs": 0.5}))),
     ("warning", "unusual-value", "training.epochs", Facts(make_recipe(training={"epochs": 11.0}))),
     ("warning", "unusual-value", "training.batch_size", Facts(make_recipe(training={"batch_size": 3}))),
@@ -277,7 +296,14 @@ def test_all_problems_are_found_at_once_and_errors_come_first() -> None:
         lora={"target_modules": ["q_proj"], "alpha": 500.0},
         training={"batch_size": 500},
     )
-    facts = Facts(recipe, family=GPT2, positions=1024, learned_positions=True, formats={"text": 7, "preference": 1})
+    facts = Facts(
+        recipe,
+        family=GPT2,
+        has_chat_template=False,
+        positions=1024,
+        learned_positions=True,
+        formats={"text": 7, "preference": 1},
+    )
     severities = [severity for severity, _, _ in list_codes(facts)]
     assert severities == ["error"] * 5 + ["warning"] * 2
 
@@ -295,8 +321,36 @@ def test_a_model_that_brings_a_template_may_chat_whatever_its_family() -> None:
     recipe = make_recipe(data={"strategy": "chat"})
     assert list_codes(Facts(recipe, family=GPT2, has_chat_template=True)) == []
     named = make_recipe(data={"strategy": "chat", "template": "chatml"})
-    assert list_codes(Facts(named, family=GPT2)) == []
-    assert list_codes(Facts(make_recipe(data={"strategy": "standard"}), family=GPT2)) == []
+    assert list_codes(Facts(named, family=GPT2, has_chat_template=False)) == []
+    standard = make_recipe(data={"strategy": "standard"})
+    assert list_codes(Facts(standard, family=GPT2, has_chat_template=False)) == []
+
+
+def test_the_metric_that_is_advised_for_pairs_is_one_that_the_method_allows() -> None:
+    # ORPO was told to add reward_accuracy, which its own rules refuse.
+    for method in ("dpo", "kto", "orpo"):
+        (problem,) = find_problems(Facts(make_recipe(training={"method": method})), str)
+        advised = [name for name in PAIR_METRICS if re.search(rf"\b{name}\b", problem.fix or "")]
+        assert advised
+        better = make_recipe(training={"method": method}, evaluation={"metrics": tuple(advised)})
+        assert list_codes(Facts(better)) == []
+
+
+def test_keys_that_act_on_what_is_there_are_not_idle() -> None:
+    answering = {"samples": 6, "metrics": ("exact_match",)}
+    assert list_codes(Facts(make_recipe(evaluation=answering))) == []
+    assert list_codes(Facts(make_recipe(tracking={"project": "mine", "wandb": True}))) == []
+    mixed = {"text": 2, "messages": 1}
+    data = {"loss_on": "last", "template": "chatml", "system": "Hi."}
+    assert list_codes(Facts(make_recipe(data=data), formats=mixed)) == []
+
+
+def test_metrics_that_are_asked_for_without_held_out_rows_are_named() -> None:
+    recipe = make_recipe(data={"eval_fraction": 0.0}, evaluation={"metrics": ("loss",)})
+    (problem,) = find_problems(Facts(recipe), str)
+    assert (
+        problem.message == "no held-out rows, so nothing will show whether it got better, by evaluation.metrics either"
+    )
 
 
 def test_full_fine_tuning_has_its_own_learning_rate() -> None:

@@ -72,6 +72,7 @@ def find_problem(folder: Path, **sections: Any) -> tuple[str, str]:
         ({"lora": {"r": 8}}, "adapter on random weights"),
         ({"model": {"quantization": "nf4"}, "lora": None}, "quantise"),
         ({"model": {"dtype": "bfloat16"}}, "float32"),
+        ({"model": {"adapter": "run"}}, "no weights that an adapter"),
         ({"model": {"revision": "main"}}, "no revision"),
         ({"model": {"trust_remote_code": True}}, "no code"),
         ({"scratch": {"heads": 3}}, "cannot be shared out among 3 heads"),

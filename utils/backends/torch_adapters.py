@@ -46,6 +46,7 @@ def attach_lora(model: TorchModel, recipe: Recipe) -> TorchModel:
     if model.is_reward and not split_network(model.network)[1].weight.any():
         get_logger().info("The reward head is new, and starts at zero")
     config = recipe.lora.to_peft_config("SEQ_CLS" if model.is_reward else "CAUSAL_LM")
+    config.fan_in_fan_out = stands_transposed(model.network, config)
     whole_modules = choose_whole_modules(model, config, recipe.lora)
     choose_token_rows(model, config)
     network = wrap_network(model.network, config)
@@ -106,6 +107,13 @@ def check_targets(network: nn.Module, recipe: Recipe) -> None:
 def is_linear(module: nn.Module) -> bool:
     """True for nn.Linear, its quantised kin, and GPT-2's transposed Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def stands_transposed(network: nn.Module, config: LoraConfig) -> bool:
+    """True where the targets are GPT-2's Conv1D, whose matrix is inputs × outputs; left to itself, peft finds out and warns."""
+    targets = config.target_modules
+    names = [name for name, module in network.named_modules() if type(module).__name__ == "Conv1D"]
+    return any(targets == "all-linear" or name.rsplit(".", 1)[-1] in (targets or ()) for name in names)
 
 
 def find_ends(network: nn.Module) -> tuple[str, str, bool]:
