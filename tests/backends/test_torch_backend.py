@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from utils.backends.torch_losses import compute_token_losses
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_step import TorchTrainStep
 from utils.batching import Batch, make_micro_batches, pad_prompts_left, pad_rows
-from utils.exceptions import AdapterError, MachineError, RecipeError, TrainingError
+from utils.exceptions import AdapterError, MachineError, ModelLoadingError, RecipeError, TrainingError
 from utils.model_source import ModelSource
 from utils.tokenizer_utils import EncodedExample
 
@@ -314,6 +315,26 @@ def test_float16_on_a_cpu_and_several_processes_are_refused(tiny_llama: Path, mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(MachineError, match="one process"):
         torch_backend.load_model(open_source(tiny_llama), make_recipe(tiny_llama))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_attention_heads", 3, "not a multiple"),
+        ("attention_dropout", "x", "attention_dropout"),
+        ("num_key_value_heads", 0, "cannot be loaded"),
+        ("hidden_act", "nope", "nope"),
+    ],
+)
+def test_a_config_that_transformers_refuses_is_an_error_with_a_fix(
+    tiny_llama: Path, tmp_path: Path, key: str, value: object, words: str
+) -> None:
+    # Its own checks raise an error that is no ValueError: a traceback.
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ModelLoadingError, match=rf"{words}.*use another copy"):
+        torch_backend.load_model(open_source(path.parent), make_recipe(path.parent))
 
 
 def test_batched_greedy_answers_equal_those_given_one_by_one(embedded: ModelSource) -> None:
