@@ -42,11 +42,6 @@ def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     if recipe.model.quantization != "none" and recipe.lora is None:
         message = f"{recipe.model.quantization} weights are frozen, so there is nothing to train without a lora section"
         yield RuleViolation(("model", "quantization"), message, "add a lora section, or set quantization: none")
-    if recipe.lora is None and recipe.model.dtype not in ("auto", "float32"):
-        message = (
-            f"all weights are trained, and {recipe.model.dtype} numbers would lose small updates: they are float32"
-        )
-        yield RuleViolation(("model", "dtype"), message, "remove dtype, or add a lora section")
     yield from find_adapter_violations(recipe)
     if training.packing and training.neftune_alpha is not None:
         message = "NEFTune's noise is scaled by the length of one example, which packing hides"
@@ -194,6 +189,9 @@ def find_cadence_violations(training: TrainingSection, total_steps: int) -> Iter
 def find_adapter_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     """Yields what cannot stand together in bases, adapters and added tokens."""
     model, lora, tokens = recipe.model, recipe.lora, recipe.data.added_tokens
+    if lora is None and model.dtype not in ("auto", "float32"):
+        message = f"all weights are trained, and {model.dtype} numbers would lose small updates: they are float32"
+        yield RuleViolation(("model", "dtype"), message, "remove dtype, or add a lora section")
     if model.quantization != "none" and model.adapter is not None:
         message = f"an adapter folded into {model.quantization} weights would be rounded to their few values"
         fix = "merge it first (scripts/merge.py), and name the merged folder in model.name"

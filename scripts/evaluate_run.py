@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.check_complete()
     preflight = check_recipe(loaded, folder)
     source = preflight.find_weights()
+    folder.check_base(source)
     backend = load_backend(loaded.recipe.backend)
     SeedManager(loaded.recipe.seed).seed_everything()
     examples, samples = preflight.read_evaluation_examples(), loaded.recipe.evaluation.samples

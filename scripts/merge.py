@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from utils.run_tokenizer import open_run_tokenizer
 
     source = find_model(loaded.recipe.model, loaded.find_origin("model.name"), with_weights=True)
+    folder.check_base(source)
     tokenizer = open_run_tokenizer(loaded, source, folder)
     backend = load_backend(loaded.recipe.backend)
     merge = merge_run(backend, Trained(loaded, source, folder, tokenizer), target, options.base)

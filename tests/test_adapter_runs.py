@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from scripts import baseline_inference, evaluate_run, infer, merge, train
+from utils.exceptions import RunError
 
 pytestmark = pytest.mark.slow
 
@@ -111,3 +114,33 @@ def test_a_quantised_run_is_evaluated_as_it_was_trained_and_merges(
     assert facts["quantization"] == "nf4"
     assert report["metrics"]["loss"]["tuned"] == pytest.approx(facts["best_eval_loss"], abs=1e-4)
     assert "Against what was trained, the nf4 base with the adapter" in capsys.readouterr().out
+
+
+def test_a_run_is_refused_with_another_base_or_with_other_rows_to_draw_from(tiny_llama: Path, work: Path) -> None:
+    # Both were recorded and never compared: the adapter was judged on a model that it was not made for, and rows that it had
+    # learned were held out.
+    base, run = work / "base", work / "run"
+    shutil.copytree(tiny_llama, base)
+    assert train.main(["--recipe", write_recipe(work, base, "small", lora={"r": 4}), "--run", str(run)]) == 0
+    rows = work / "rows.jsonl"
+    written = rows.read_text()
+    rows.write_text("".join(reversed(written.splitlines(keepends=True))))
+    with pytest.raises(RunError, match=r"data\.train have changed"):
+        evaluate_run.main(["--run", str(run)])
+    assert infer.main(["--run", str(run), "--prompt", "Say 3"]) == 0
+    rows.write_text(written)
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {name: tensor * 1.01 for name, tensor in weights.items()}, base / "model.safetensors", metadata={"format": "pt"}
+    )
+    for script, arguments in ((evaluate_run, []), (infer, ["--prompt", "Say 3"]), (merge, [])):
+        with pytest.raises(RunError, match=r"model\.name no longer holds the weights"):
+            script.main(["--run", str(run), *arguments])
+
+
+def test_a_run_that_trained_all_weights_answers_without_its_base(tiny_llama: Path, work: Path) -> None:
+    base, run = work / "base", work / "run"
+    shutil.copytree(tiny_llama, base)
+    assert train.main(["--recipe", write_recipe(work, base, "whole"), "--run", str(run)]) == 0
+    shutil.rmtree(base)
+    assert infer.main(["--run", str(run), "--prompt", "Say 3"]) == 0

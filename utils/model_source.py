@@ -22,6 +22,8 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LENGTH_BYTES = 8  # of the number in front of a safetensors header
+# Sizes in config.json, under the names of most architectures; some hold a list with one for each layer.
+SIZES = ("vocab_size", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head")
 MAX_HEADER_BYTES = 100_000_000
 MAX_CONFIG_BYTES = 10_000_000
 MAX_INDEX_BYTES = 100_000_000
@@ -212,8 +214,19 @@ def hash_file(path: Path) -> str:
 
 
 def read_config(folder: Path, where: str) -> dict[str, Any]:
-    """Parses config.json."""
-    return read_json_object(folder / "config.json", where, MAX_CONFIG_BYTES)
+    """Parses config.json, and refuses sizes that no model can have.
+
+    Raises:
+        ModelLoadingError: not readable, or not the config of a model.
+    """
+    config = read_json_object(folder / "config.json", where, MAX_CONFIG_BYTES)
+    for key in SIZES:
+        value = config.get(key)
+        if not isinstance(value, list | None) and (type(value) is not int or value < 1):
+            message = f"config.json says {key}: {json.dumps(value)}, which is no whole number above 0"
+            fix = "use another copy of the model"
+            raise ModelLoadingError(message, where=str(folder / "config.json"), fix=fix, code="bad-config")
+    return config
 
 
 def read_json_object(path: Path, where: str, max_bytes: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from utils.model_source import (
     list_linear_modules,
     list_modules,
 )
-from utils.prepared_data import PreparedData, iterate_held_out, prepare_data
+from utils.prepared_data import PreparedData, describe_sources, hash_contents, iterate_held_out, prepare_data
 from utils.resources import Resources, plan_resources, summarise_resources
 from utils.row_checks import RowScan, scan_rows
 from utils.rule_checks import Facts
@@ -115,6 +115,9 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     scan = scan_rows(recipe.data, recipe.seed, loaded.find_origin)
     apply_rules(loaded, Facts(recipe, family, formats=scan.all_formats, first_rows=scan.first_rows))
     check_metrics(loaded, scan)
+    hashes = describe_sources(loaded)
+    if run is not None:
+        run.check_data(hash_contents(hashes))
     where, adapter_where = loaded.find_origin("model.name"), loaded.find_origin("model.adapter")
     source = find_model(recipe.model, where, with_weights=False, adapter_where=adapter_where)
     if recipe.model.revision is not None and not is_on_hub(recipe.model.name):
@@ -134,7 +137,7 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     apply_rules(loaded, facts)
     row_formats = {*scan.formats, *scan.features}
     tokenizer = open_run_tokenizer(loaded, source, run) if run else open_tokenizer(loaded, source, row_formats)
-    data = prepare_data(loaded, scan, tokenizer)
+    data = prepare_data(loaded, scan, tokenizer, hashes)
     if run is None:
         loaded, scan, data = adapt_small_set(loaded, scan, data, tokenizer)
     return complete_preflight(loaded, source, tokenizer, scan, data, device)
@@ -161,12 +164,15 @@ def check_new_model(loaded: LoadedRecipe, run: RunFolder | None) -> Preflight:
     device = None if run else guess_device()
     apply_rules(loaded, Facts(loaded.recipe, device=device))
     loaded = settle_recipe(loaded)
-    scan, source = scan_corpus(loaded), open_new_model(loaded)
+    scan, hashes = scan_corpus(loaded), describe_sources(loaded)
+    if run is not None:
+        run.check_data(hash_contents(hashes))
+    source = open_new_model(loaded, hashes)
     # A prompt stands for itself, as under format prompt_completion; no template is put around it.
     tokenizer = (
         open_run_tokenizer(loaded, source, run) if run else open_tokenizer(loaded, source, ("prompt_completion",))
     )
-    data = prepare_windows(loaded, tokenizer)
+    data = prepare_windows(loaded, tokenizer, hashes)
     scan = replace(scan, train_rows=len(data.train), evaluation_rows=len(data.evaluation))  # windows, not documents
     return complete_preflight(loaded, source, tokenizer, scan, data, device)
 
@@ -201,7 +207,7 @@ def adapt_small_set(
     if adapted.recipe.data != loaded.recipe.data:
         scan = scan_rows(adapted.recipe.data, adapted.recipe.seed, adapted.find_origin)
         check_metrics(adapted, scan)
-        data = prepare_data(adapted, scan, tokenizer)
+        data = prepare_data(adapted, scan, tokenizer, data.hashes)
     return adapted, scan, data
 
 

@@ -28,6 +28,8 @@ from utils.token_cache import EncodedSet, TokenWriter, open_or_build, read_token
 from utils.tokenizer_utils import TokenizerUtils
 
 TRAIN, EVALUATION = "train.arrow", "evaluation.arrow"
+# `train` and `eval` → (name, content hash) of each source in reading order; `eval` is None where data.eval names nothing.
+SourceHashes = dict[str, list[tuple[str, str]] | None]
 CHUNK = 1000
 # Whatever changes here can change a token or a mask, so the cache of an older version is never read.
 CODE = (
@@ -63,21 +65,26 @@ class PreparedData:
         evaluation: encoded held-out rows, possibly none.
         counts: what became of the rows of each set, by name (`train`, `evaluation`).
         key: name of the entry in the token cache.
+        hashes: of the rows as they were read.
     """
 
     train: EncodedSet
     evaluation: EncodedSet
     counts: dict[str, EncodingCounts]
     key: str
+    hashes: SourceHashes
 
 
-def prepare_data(loaded: LoadedRecipe, scan: RowScan, tokenizer: TokenizerUtils) -> PreparedData:
+def prepare_data(loaded: LoadedRecipe, scan: RowScan, tokenizer: TokenizerUtils, hashes: SourceHashes) -> PreparedData:
     """Encodes both sets, or finds them in the token cache.
+
+    Args:
+        hashes: of the rows, by `describe_sources`.
 
     Raises:
         DataError: rows that cannot be encoded or are too long; or nothing is left to train on.
     """
-    key = make_key(loaded, tokenizer)
+    key = make_key(loaded, tokenizer, hashes)
 
     def build(folder: Path) -> dict[str, Any]:
         return write_sets(loaded, scan, tokenizer, folder)
@@ -90,7 +97,7 @@ def prepare_data(loaded: LoadedRecipe, scan: RowScan, tokenizer: TokenizerUtils)
     order = mix(train.sources, weights, loaded.recipe.seed)
     refuse_lost_sources(loaded, weights, train.sources, order)
     train = EncodedSet(train.tables, order)
-    return PreparedData(train, read_tokens(folder / EVALUATION), counts, key)
+    return PreparedData(train, read_tokens(folder / EVALUATION), counts, key, hashes)
 
 
 def write_sets(loaded: LoadedRecipe, scan: RowScan, tokenizer: TokenizerUtils, folder: Path) -> dict[str, Any]:
@@ -185,14 +192,14 @@ def refuse_lost_sources(
         raise DataError(message, where=loaded.find_origin("data.train"), fix=fix, code="no-rows")
 
 
-def make_key(loaded: LoadedRecipe, tokenizer: TokenizerUtils) -> str:
+def make_key(loaded: LoadedRecipe, tokenizer: TokenizerUtils, hashes: SourceHashes) -> str:
     """Name of the entry in the token cache: a hash over everything that a token or a mask depends on."""
     recipe = loaded.recipe
     facts = {
         "code": hash_code([f"{name}.py" for name in CODE]),
         "versions": [importlib.metadata.version(name) for name in ("tokenizers", "jinja2")],
         "tokenizer": tokenizer.hash,
-        "data": {key: describe_sources(loaded, key) for key in ("train", "eval")},
+        "data": hashes,
         "policy": recipe.data.model_dump(mode="json", exclude={"train", "eval"}),
         "pairs": recipe.training.learns_pairs,
         "seed": recipe.seed if recipe.data.eval is None else None,
@@ -201,19 +208,26 @@ def make_key(loaded: LoadedRecipe, tokenizer: TokenizerUtils) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
 
 
-def describe_sources(loaded: LoadedRecipe, key: str) -> list[tuple[str, str]] | None:
-    """Name and content hash of each source of `data.train` or `data.eval`."""
-    asked = loaded.recipe.data.train if key == "train" else loaded.recipe.data.eval
-    if asked is None:
-        return None
-    sources: list[RowSource] = find_sources(asked, loaded.find_origin(f"data.{key}"))
-    return [(source.name, hash_source(source)) for source in sources]
+def describe_sources(loaded: LoadedRecipe) -> SourceHashes:
+    """Name and content hash of each source; a run asks once, for that reads every file to its end."""
+    data = loaded.recipe.data
+
+    sources: dict[str, list[RowSource] | None] = {
+        "train": find_sources(data.train, loaded.find_origin("data.train")),
+        "eval": None if data.eval is None else find_sources(data.eval, loaded.find_origin("data.eval")),
+    }
+    return {
+        key: None if found is None else [(source.name, hash_source(source)) for source in found]
+        for key, found in sources.items()
+    }
 
 
-def hash_sources(loaded: LoadedRecipe) -> str:
-    """SHA-256 over the contents of all sources of a run, in order."""
-    hashes = [found for key in ("train", "eval") for _, found in describe_sources(loaded, key) or ()]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+def hash_contents(sources: SourceHashes) -> dict[str, str | None]:
+    """SHA-256 over the contents of `train` and `eval`, each in order, whatever the files are called."""
+    return {
+        key: None if found is None else hashlib.sha256("".join(each for _, each in found).encode()).hexdigest()
+        for key, found in sources.items()
+    }
 
 
 def report_counts(loaded: LoadedRecipe, counts: dict[str, EncodingCounts]) -> None:

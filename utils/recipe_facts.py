@@ -15,7 +15,7 @@ from utils.exceptions import ModelLoadingError, Problem, RecipeError
 from utils.methods.preference import count_answers
 from utils.model_shape import find_positions, measure_shape
 from utils.model_source import ModelSource, find_model
-from utils.prepared_data import iterate_held_out, prepare_data
+from utils.prepared_data import describe_sources, iterate_held_out, prepare_data
 from utils.row_checks import RowScan, iterate_examples, scan_rows
 from utils.run_tokenizer import open_tokenizer
 from utils.tokenizer_utils import load_tokenizer
@@ -189,7 +189,7 @@ def count_tokens(rows: RowFacts, draft: LoadedRecipe, source: ModelSource | None
     if source is None:
         return RowFacts(rows.train, rows.eval, rows.scan, rows.longest, runnable=runnable)
     tokenizer = open_tokenizer(draft, source, {*rows.scan.formats, *rows.scan.features})
-    data = prepare_data(draft, rows.scan, tokenizer)
+    data = prepare_data(draft, rows.scan, tokenizer, describe_sources(draft))
     sets = [each for each in (data.train, data.evaluation) if len(each)]
     learns_pairs = draft.recipe.training.learns_pairs
     answers = [count_answers(each) if learns_pairs else each.supervised for each in sets]

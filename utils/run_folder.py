@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from config.recipe_io import LoadedRecipe, format_resolved, load_recipe
 from utils.exceptions import RunError, TunebookError
 from utils.logging import NAME, add_log_file, get_logger, hide_secrets, remove_log_file
+from utils.model_source import ModelSource
 
 OUTPUTS = Path("outputs")
 LATEST = "latest"
@@ -62,6 +64,50 @@ class RunFolder:
     def load_recipe(self) -> LoadedRecipe:
         """The resolved recipe of this run."""
         return load_recipe(self.recipe_file)
+
+    def check_base(self, source: ModelSource) -> None:
+        """Refuses a base that is not the one that the run was trained on; a run of an older version may not know.
+
+        Args:
+            source: the base with its weights, and with the adapter that is folded into it.
+
+        Raises:
+            RunError: other weights, or another adapter.
+        """
+        facts = self.read_facts()
+        for key, recipe_key, found in (
+            ("model_hash", "model.name", source.hash_weights()),
+            ("adapter_hash", "model.adapter", source.hash_adapter()),
+        ):
+            if facts.get(key, found) != found:
+                message = f"{recipe_key} no longer holds the weights that this run was trained on"
+                where = str(source.adapter if key == "adapter_hash" else source.folder)
+                fix = f"put them back, name their place in {self.recipe_file}, or train again"
+                raise RunError(message, where=where, fix=fix, code="base-changed")
+
+    def check_data(self, contents: Mapping[str, str | None]) -> None:
+        """Refuses held-out rows that are not the run's own; a run of an older version may not know.
+
+        Without `data.eval` they are drawn from the training rows, and drawn anew from other rows they would be rows that were
+        trained on. A file of `data.eval` is what the best weights were chosen by; beside it, training rows may change.
+
+        Args:
+            contents: hash of all rows that `data.train` (`train`) and `data.eval` (`eval`) name; None where it names none.
+
+        Raises:
+            RunError: other rows.
+        """
+        drawn = contents["eval"] is None
+        name, key, found = (
+            ("train", "data_hash", contents["train"]) if drawn else ("eval", "eval_hash", contents["eval"])
+        )
+        if self.read_facts().get(key, found) == found:
+            return
+        message = f"the rows of data.{name} have changed since the run"
+        if drawn:
+            message += ": held-out rows drawn from them now may be rows that it was trained on"
+        fix = "restore the files, or train again"
+        raise RunError(message, where=str(self.path), fix=fix, code="data-changed")
 
     def check_complete(self) -> None:
         """Refuses a run that left no weights behind.

@@ -22,7 +22,7 @@ from utils.logging import get_logger
 from utils.methods.sft import EncodingCounts
 from utils.model_source import ModelSource
 from utils.piece_encoder import EncodedExample
-from utils.prepared_data import CHUNK, EVALUATION, TRAIN, PreparedData, describe_sources, make_key
+from utils.prepared_data import CHUNK, EVALUATION, TRAIN, PreparedData, SourceHashes, make_key
 from utils.row_checks import RowScan, iterate_examples, scan_rows
 from utils.text_windows import Tokens, make_examples, split_tokens
 from utils.token_cache import TokenWriter, open_or_build, read_tokens
@@ -93,15 +93,18 @@ def read_documents(loaded: LoadedRecipe, data: DataSection, key: str) -> list[st
     return [example.text or "" for example in iterate_examples(sources, data)]
 
 
-def open_new_model(loaded: LoadedRecipe) -> ModelSource:
+def open_new_model(loaded: LoadedRecipe, hashes: SourceHashes) -> ModelSource:
     """Trains the tokenizer, or finds it in the cache, and derives the model's config.
+
+    Args:
+        hashes: of the corpus, by `describe_sources`.
 
     Raises:
         DataError: the corpus has no text.
     """
     recipe, scratch = loaded.recipe, get_scratch(loaded.recipe)
     facts = {
-        "corpus": [describe_sources(loaded, key) for key in ("train", "eval")],
+        "corpus": hashes,
         "columns": recipe.data.columns,
         "tokenizer": [scratch.tokenizer, scratch.vocab_size],
         "code": hash_code(CODE),
@@ -127,7 +130,7 @@ def hash_facts(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
 
 
-def prepare_windows(loaded: LoadedRecipe, tokenizer: TokenizerUtils) -> PreparedData:
+def prepare_windows(loaded: LoadedRecipe, tokenizer: TokenizerUtils, hashes: SourceHashes) -> PreparedData:
     """Encodes the corpus once, splits it by token and cuts both parts into windows; or finds them in the token cache.
 
     Raises:
@@ -135,14 +138,14 @@ def prepare_windows(loaded: LoadedRecipe, tokenizer: TokenizerUtils) -> Prepared
     """
     recipe = loaded.recipe
     scratch = recipe.scratch.model_dump(mode="json") if recipe.scratch else None
-    key = hash_facts({"rows": make_key(loaded, tokenizer), "scratch": scratch, "code": hash_code(CODE)})
+    key = hash_facts({"rows": make_key(loaded, tokenizer, hashes), "scratch": scratch, "code": hash_code(CODE)})
 
     def build(folder: Path) -> dict[str, Any]:
         return write_windows(loaded, tokenizer, folder)
 
     folder, facts = open_or_build(key, (TRAIN, EVALUATION), build)
     counts = {name: EncodingCounts(**facts[name]) for name in ("train", "evaluation")}
-    return PreparedData(read_tokens(folder / TRAIN), read_tokens(folder / EVALUATION), counts, key)
+    return PreparedData(read_tokens(folder / TRAIN), read_tokens(folder / EVALUATION), counts, key, hashes)
 
 
 def write_windows(loaded: LoadedRecipe, tokenizer: TokenizerUtils, folder: Path) -> dict[str, Any]:

@@ -92,15 +92,17 @@ def load_run(folder: RunFolder, loaded: LoadedRecipe) -> LoadedModel:
     """
     recipe = loaded.recipe
     folder.check_complete()
-    if is_new := recipe.scratch is not None:  # it has no base: what the run trained is all there is
+    is_whole = not folder.adapter.is_dir()  # all weights were trained: they need no base
+    if is_whole:
         source = ModelSource(str(folder.model), folder.model, {})
     else:
         source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
+        folder.check_base(source)
     tokenizer = open_run_tokenizer(loaded, source, folder)
     backend = load_backend(recipe.backend)
     SeedManager(recipe.seed).seed_everything()
-    base = backend.load_model(source, recipe)
-    model = base if is_new else load_trained_model(backend, base, recipe, folder)
+    loaded_model = backend.load_model(source, recipe)
+    model = loaded_model if is_whole else load_trained_model(backend, loaded_model, recipe, folder)
     return LoadedModel(backend, model, tokenizer, recipe)
 
 

@@ -21,7 +21,7 @@ from utils.methods.preference import PreferenceWatch, ReferenceCache, measure_he
 from utils.methods.sft import SftBatches
 from utils.piece_encoder import EncodedExample
 from utils.preflight import Preflight
-from utils.prepared_data import hash_sources
+from utils.prepared_data import hash_contents
 from utils.report import plot_loss
 from utils.run_folder import RunFolder, RunRecord, collect_versions, find_git_state, mark_latest
 from utils.tracking import Tracker
@@ -197,6 +197,7 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
     """What is known before the first step; unknown numbers are null, so readers find every key."""
     machine = run.backend.describe_machine(run.model)
     trainable, total = run.backend.count_parameters(run.model)
+    contents = hash_contents(run.preflight.data.hashes)
     return {
         "status": "running",
         "recipe": run.loaded.name,
@@ -213,7 +214,8 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
         "quantization": machine.quantization,
         "model_hash": run.preflight.source.hash_weights(),
         "adapter_hash": run.preflight.source.hash_adapter(),
-        "data_hash": hash_sources(run.loaded),
+        "data_hash": contents["train"],
+        "eval_hash": contents["eval"],
         "row_formats": run.preflight.scan.formats,
         "strategy": run.preflight.tokenizer.strategy,
         "template": run.preflight.tokenizer.template.name,

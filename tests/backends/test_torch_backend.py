@@ -318,6 +318,26 @@ def test_float16_on_a_cpu_and_several_processes_are_refused(tiny_llama: Path, mo
         torch_backend.load_model(open_source(tiny_llama), make_recipe(tiny_llama))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_attention_heads", 3, "not a multiple"),
+        ("attention_dropout", "x", "attention_dropout"),
+        ("num_key_value_heads", 0, "cannot be loaded"),
+        ("hidden_act", "nope", "nope"),
+    ],
+)
+def test_a_config_that_transformers_refuses_is_an_error_with_a_fix(
+    tiny_llama: Path, tmp_path: Path, key: str, value: object, words: str
+) -> None:
+    # Its own checks raise an error that is no ValueError: a traceback.
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ModelLoadingError, match=rf"{words}.*use another copy"):
+        torch_backend.load_model(open_source(path.parent), make_recipe(path.parent))
+
+
 def test_batched_greedy_answers_equal_those_given_one_by_one(embedded: ModelSource) -> None:
     recipe = make_recipe(embedded.folder)
     model = torch_backend.load_model(embedded, recipe)

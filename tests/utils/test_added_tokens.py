@@ -65,7 +65,9 @@ def test_added_tokens_are_part_of_the_token_caches_key(embedded: ModelSource, tm
     keys = set()
     for tokens in ([], ["<call>"], ["<call>", "<done>"]):
         tokenizer = open_with(embedded.folder, tmp_path, added_tokens=tokens)
-        keys.add((tokenizer.hash, make_key(load_recipe(tmp_path / "recipe.yaml"), tokenizer)))
+        keys.add(
+            (tokenizer.hash, make_key(load_recipe(tmp_path / "recipe.yaml"), tokenizer, {"train": [], "eval": None}))
+        )
     assert len({hashed for hashed, _ in keys}) == len({key for _, key in keys}) == 3
 
 

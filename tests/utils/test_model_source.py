@@ -186,6 +186,20 @@ def test_a_folder_with_an_adapter_only_says_so(folder: Path) -> None:
         find(folder)
 
 
+@pytest.mark.parametrize("value", ["x", 0, -1, 2.5, True, {}])
+@pytest.mark.parametrize("key", ["vocab_size", "num_hidden_layers", "n_embd"])
+def test_a_config_with_a_size_that_no_model_has_is_refused(folder: Path, key: str, value: object) -> None:
+    # Words and fractions were a traceback of transformers, and -1 layers a model without layers that trained.
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", key: value}))
+    assert fail(folder) == "bad-config"
+
+
+@pytest.mark.parametrize("value", [64, None, [64, 32]])
+def test_a_config_may_leave_a_size_open_or_give_one_for_each_layer(folder: Path, value: object) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "n_embd": value}))
+    assert find_model(ModelSection(name=str(folder)), "r:1", with_weights=False).config["n_embd"] == value
+
+
 def test_a_config_that_is_too_large_or_too_deep_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("[" * 100_000)
     assert fail(folder) == "no-config"

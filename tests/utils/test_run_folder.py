@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from config.recipe_io import LoadedRecipe, load_recipe
 from utils.exceptions import RunError
+from utils.model_source import ModelSource
 from utils.run_folder import (
     OUTPUTS,
     RunFolder,
@@ -241,3 +243,43 @@ def test_a_run_that_ends_by_itself_says_what_it_found(folder: Path) -> None:
         assert run.read_facts()["status"] == "running"
         record.results = {"status": "finished", "steps": 3}
     assert run.read_facts() == {"status": "finished", "steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("facts", "train", "evaluation", "refused"),
+    [
+        ({"data_hash": "a", "eval_hash": None}, "a", None, None),
+        ({"data_hash": "a", "eval_hash": None}, "b", None, "data.train"),  # held-out rows are drawn from it
+        ({"data_hash": "a", "eval_hash": "e"}, "b", "e", None),  # held-out rows have a file of their own
+        ({"data_hash": "a", "eval_hash": "e"}, "a", "f", "data.eval"),
+        ({"data_hash": "of both, as older versions wrote it"}, "a", "e", None),
+        ({}, "a", None, None),
+    ],
+)
+def test_held_out_rows_must_be_those_of_the_run(
+    folder: Path, facts: dict[str, str | None], train: str, evaluation: str | None, refused: str | None
+) -> None:
+    run = make_run(folder, "run")
+    run.write_facts(facts)
+    if refused is None:
+        run.check_data({"train": train, "eval": evaluation})
+        return
+    with pytest.raises(RunError, match=refused) as caught:
+        run.check_data({"train": train, "eval": evaluation})
+    assert caught.value.problems[0].code == "data-changed"
+
+
+def test_the_base_must_be_that_of_the_run_where_the_run_knows_it(folder: Path) -> None:
+    run = make_run(folder, "run")
+    source = ModelSource("m", folder, {"vocab_size": 8}, seed=1)
+    run.check_base(source)
+    run.write_facts({"model_hash": source.hash_weights(), "adapter_hash": None})
+    run.check_base(source)
+    with pytest.raises(RunError, match=r"model\.name no longer holds"):
+        run.check_base(replace(source, seed=2))
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_text("x")
+    with pytest.raises(RunError, match=r"model\.adapter no longer holds"):
+        run.check_base(replace(source, adapter=adapter))

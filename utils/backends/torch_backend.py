@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -93,9 +94,21 @@ def read_network(source: ModelSource, recipe: Recipe, plan: MachinePlan, device:
         )
     except ImportError as error:
         raise MachineError(str(error).strip().splitlines()[0], where="model", fix="run `make setup`") from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        message = f"the model cannot be loaded: {str(error).strip().splitlines()[0]}"
-        raise ModelLoadingError(message, where=str(source.folder)) from error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        ZeroDivisionError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # transformers checks config.json field by field, and says on the second line what is wrong with one.
+        text = " ".join(lines).replace("    ", " ") if isinstance(error, StrictDataclassError) else lines[0]
+        fix = "use another copy of the model: config.json and weights must belong together"
+        message = f"the model cannot be loaded: {text}"
+        raise ModelLoadingError(message, where=str(source.folder), fix=fix) from error
     missing = {str(name) for name in loading["missing_keys"]}
     if recipe.reward:
         missing -= start_head(network, source, missing)
