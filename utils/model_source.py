@@ -130,7 +130,7 @@ def find_model(
         fix = f"name a folder that exists, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or {DEFAULT_MODEL}"
         raise RecipeError(f"there is no model {model.name!r}", where=where, fix=fix, code="no-model")
     source = ModelSource(model.name, folder, read_config(folder, where))
-    if with_weights or not is_on_hub(model.name):  # what a folder lacks now it will lack in the run
+    if with_weights:
         check_weight_files(source)
     if model.adapter is None:
         return source

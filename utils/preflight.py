@@ -13,7 +13,6 @@ from config.model_families import ModelFamily, find_family, find_family_by_name
 from config.recipe_io import LoadedRecipe, list_rule_problems
 from config.recipe_rules import ON_ANSWERS, find_cadence_violations
 from config.structured_config import Recipe
-from utils.architectures import check_architecture
 from utils.backends import check_engine
 from utils.data_formats import Example
 from utils.exceptions import DataError, Problem, RecipeError
@@ -21,6 +20,7 @@ from utils.hub import explain_errors, find_snapshot
 from utils.logging import get_logger
 from utils.machine import guess_device
 from utils.methods.pairs import have_one_prompt
+from utils.model_files import check_model_files
 from utils.model_shape import find_positions, has_learned_positions
 from utils.model_source import (
     EMBEDDED_MODELS,
@@ -120,12 +120,9 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
         run.check_data(hash_contents(hashes))
     where, adapter_where = loaded.find_origin("model.name"), loaded.find_origin("model.adapter")
     source = find_model(recipe.model, where, with_weights=False, adapter_where=adapter_where)
-    if recipe.model.revision is not None and not is_on_hub(recipe.model.name):
-        message = f"revision {recipe.model.revision!r} does nothing: {recipe.model.name} is not on a hub"
-        raise RecipeError(message, where=loaded.find_origin("model.revision"), fix="remove it", code="no-revision")
+    check_model_files(loaded, source)
     modules = tuple(list_linear_modules(source))
     wholes = tuple(list_modules(source))
-    check_architecture(source, recipe.model, where)
     facts = Facts(
         recipe,
         source.family,

@@ -1,4 +1,4 @@
-"""Which architectures the installed transformers knows, asked without importing it."""
+"""What a model's files show of a run that would fail later, looked at without a framework."""
 
 from __future__ import annotations
 
@@ -6,12 +6,30 @@ import importlib.util
 import re
 from pathlib import Path
 
+from config.recipe_io import LoadedRecipe
 from config.structured_config import ModelSection
-from utils.exceptions import ModelLoadingError
-from utils.model_source import ModelSource
+from utils.exceptions import ModelLoadingError, RecipeError
+from utils.model_source import ModelSource, check_weight_files, is_on_hub
 
 # `("llama", "LlamaConfig")` or `"gpt-sw3": "GPT2Config"`.
 ENTRY = re.compile(r"""["']([\w.-]+)["'][,:] ["']\w+Config["']""")
+
+
+def check_model_files(loaded: LoadedRecipe, source: ModelSource) -> None:
+    """What a model's files show of a run that would fail later, or of a key that they make useless.
+
+    Raises:
+        RecipeError: a revision of what is not on a hub.
+        ModelLoadingError: an unknown architecture, or weights that are missing where nothing will download them.
+    """
+    model = loaded.recipe.model
+    check_architecture(source, model, loaded.find_origin("model.name"))
+    if is_on_hub(model.name):
+        return
+    check_weight_files(source)
+    if model.revision is not None:
+        message = f"revision {model.revision!r} does nothing: {model.name} is not on a hub"
+        raise RecipeError(message, where=loaded.find_origin("model.revision"), fix="remove it", code="no-revision")
 
 
 def check_architecture(source: ModelSource, model: ModelSection, where: str) -> None:
