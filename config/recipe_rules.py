@@ -9,7 +9,15 @@ from config.engine_rules import find_engine_violations
 from config.scratch_rules import find_scratch_violations
 
 if TYPE_CHECKING:
-    from config.structured_config import GenerationSection, MetricName, Recipe, TrainingSection
+    from config.structured_config import (
+        DataSection,
+        DpoSection,
+        GenerationSection,
+        LoraSection,
+        MetricName,
+        Recipe,
+        TrainingSection,
+    )
 
 
 # Metrics that compare the two answers of a pair, and all that need a preference.
@@ -37,12 +45,19 @@ class RecipeRuleError(ValueError):
 
 def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     """Yields every cross-field rule that the recipe breaks."""
-    training, data = recipe.training, recipe.data
     yield from (RuleViolation(*broken) for broken in find_scratch_violations(recipe))
-    if recipe.model.quantization != "none" and recipe.lora is None:
-        message = f"{recipe.model.quantization} weights are frozen, so there is nothing to train without a lora section"
-        yield RuleViolation(("model", "quantization"), message, "add a lora section, or set quantization: none")
     yield from find_adapter_violations(recipe)
+    yield from find_training_violations(recipe.training)
+    yield from (RuleViolation(*broken) for broken in find_engine_violations(recipe))
+    yield from find_preference_violations(recipe)
+    yield from find_data_violations(recipe.data)
+    if recipe.data.eval is None and recipe.data.eval_fraction == 0:
+        yield from find_held_out_violations(recipe.training)
+    yield from find_generation_violations(recipe.generation)
+
+
+def find_training_violations(training: TrainingSection) -> Iterator[RuleViolation]:
+    """Yields keys of section `training` that contradict each other."""
     if training.packing and training.neftune_alpha is not None:
         message = "NEFTune's noise is scaled by the length of one example, which packing hides"
         yield RuleViolation(("training", "neftune_alpha"), message, "set packing: false, or remove neftune_alpha")
@@ -59,22 +74,25 @@ def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
         yield RuleViolation(("training", "micro_batch_size"), message, "set it to batch_size or less, or to auto")
     if training.max_steps is not None:
         yield from find_cadence_violations(training, training.max_steps)
-    yield from (RuleViolation(*broken) for broken in find_engine_violations(recipe))
-    if data.eval is None and data.eval_fraction == 0:
-        if training.early_stopping_patience is not None:
-            message = "early stopping needs held-out rows, and this recipe holds out none"
-            yield RuleViolation(("training", "early_stopping_patience"), message, "set data.eval or data.eval_fraction")
-        if training.eval_every != "epoch":
-            message = "eval_every needs held-out rows, and this recipe holds out none"
-            yield RuleViolation(
-                ("training", "eval_every"), message, "remove it, or set data.eval or data.eval_fraction"
-            )
     if "early_stopping_threshold" in training.model_fields_set and training.early_stopping_patience is None:
         message = "early_stopping_threshold does nothing without early_stopping_patience"
         yield RuleViolation(
             ("training", "early_stopping_threshold"), message, "set early_stopping_patience, or remove it"
         )
-    yield from find_preference_violations(recipe)
+
+
+def find_held_out_violations(training: TrainingSection) -> Iterator[RuleViolation]:
+    """Yields what a recipe that holds out no rows cannot have."""
+    if training.early_stopping_patience is not None:
+        message = "early stopping needs held-out rows, and this recipe holds out none"
+        yield RuleViolation(("training", "early_stopping_patience"), message, "set data.eval or data.eval_fraction")
+    if training.eval_every != "epoch":
+        message = "eval_every needs held-out rows, and this recipe holds out none"
+        yield RuleViolation(("training", "eval_every"), message, "remove it, or set data.eval or data.eval_fraction")
+
+
+def find_data_violations(data: DataSection) -> Iterator[RuleViolation]:
+    """Yields keys of section `data` that contradict each other."""
     if data.eval is not None and "eval_fraction" in data.model_fields_set:
         message = "eval_fraction does nothing when data.eval names a file"
         yield RuleViolation(("data", "eval_fraction"), message, "remove one of the two")
@@ -84,7 +102,6 @@ def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     if data.strategy == "chat" and data.format == "text":
         message = "strategy chat needs conversations, and format text has none"
         yield RuleViolation(("data", "strategy"), message, "set strategy: standard, or convert the rows to messages")
-    yield from find_generation_violations(recipe.generation)
 
 
 def find_generation_violations(generation: GenerationSection) -> Iterator[RuleViolation]:
@@ -126,16 +143,21 @@ def find_preference_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     elif recipe.data.format not in ("auto", "preference", "labelled"):
         message = f"method {method} learns from pairs, and format {recipe.data.format} has one answer"
         yield RuleViolation(("data", "format"), message, "set format: preference, or training.method: sft")
-    if (dpo := recipe.dpo) is not None:
-        if dpo.label_smoothing and dpo.loss != "sigmoid":
-            message = f"label_smoothing is defined for the sigmoid loss, and loss is {dpo.loss}"
-            yield RuleViolation(("dpo", "label_smoothing"), message, "set loss: sigmoid, or remove label_smoothing")
-        if dpo.reference == "adapter_off" and recipe.lora is None:
-            message = "without a lora section there is no adapter to switch off"
-            yield RuleViolation(("dpo", "reference"), message, "set reference: precomputed, or add a lora section")
-        if dpo.reference == "adapter_off" and recipe.lora is not None and recipe.lora.variant == "pissa":
-            message = "pissa takes a part out of the base, so without its adapter the base is no longer the reference"
-            yield RuleViolation(("dpo", "reference"), message, "set reference: precomputed, or lora.variant: lora")
+    if recipe.dpo is not None:
+        yield from find_dpo_violations(recipe.dpo, recipe.lora)
+
+
+def find_dpo_violations(dpo: DpoSection, lora: LoraSection | None) -> Iterator[RuleViolation]:
+    """Yields losses and references of DPO that cannot be had."""
+    if dpo.label_smoothing and dpo.loss != "sigmoid":
+        message = f"label_smoothing is defined for the sigmoid loss, and loss is {dpo.loss}"
+        yield RuleViolation(("dpo", "label_smoothing"), message, "set loss: sigmoid, or remove label_smoothing")
+    if dpo.reference == "adapter_off" and lora is None:
+        message = "without a lora section there is no adapter to switch off"
+        yield RuleViolation(("dpo", "reference"), message, "set reference: precomputed, or add a lora section")
+    if dpo.reference == "adapter_off" and lora is not None and lora.variant == "pissa":
+        message = "pissa takes a part out of the base, so without its adapter the base is no longer the reference"
+        yield RuleViolation(("dpo", "reference"), message, "set reference: precomputed, or lora.variant: lora")
 
 
 def find_reward_violations(recipe: Recipe) -> Iterator[RuleViolation]:
@@ -189,9 +211,13 @@ def find_cadence_violations(training: TrainingSection, total_steps: int) -> Iter
 def find_adapter_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     """Yields what cannot stand together in bases, adapters and added tokens."""
     model, lora, tokens = recipe.model, recipe.lora, recipe.data.added_tokens
+    if model.quantization != "none" and lora is None:
+        message = f"{model.quantization} weights are frozen, so there is nothing to train without a lora section"
+        yield RuleViolation(("model", "quantization"), message, "add a lora section, or set quantization: none")
     if lora is None and model.dtype not in ("auto", "float32"):
         message = f"all weights are trained, and {model.dtype} numbers would lose small updates: they are float32"
-        yield RuleViolation(("model", "dtype"), message, "remove dtype, or add a lora section")
+        fix = "remove dtype" if model.init == "scratch" else "remove dtype, or add a lora section"
+        yield RuleViolation(("model", "dtype"), message, fix)
     if model.quantization != "none" and model.adapter is not None:
         message = f"an adapter folded into {model.quantization} weights would be rounded to their few values"
         fix = "merge it first (scripts/merge.py), and name the merged folder in model.name"

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -22,6 +23,9 @@ from config.recipe_io import load_recipe
 from utils import cli
 from utils.exceptions import RunError
 from utils.run_folder import find_run
+
+if TYPE_CHECKING:
+    from utils.session import LoadedModel
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,23 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generation = None if folder else cli.read_generation(options.overrides)
     loaded = load_recipe(folder.recipe_file, options.overrides) if folder else None
 
-    from utils.scoring import read_answers
     from utils.session import judges_answers, load_plain, load_run, read_prompts
 
-    judges = loaded.recipe.reward is not None if loaded else judges_answers(options.model)
-    if judges and not options.prompts:
-        message = "a reward model scores answers, and writes none"
-        fix = "name rows that hold answers with --prompts: messages, prompt and completion, or chosen and rejected"
-        raise RunError(message, where=options.model or str(folder and folder.path), fix=fix, code="no-answers")
-    answers = read_answers(options.prompts) if judges else []
-    conversations = read_prompts(options.prompts) if options.prompts and not judges else []
-    opened = load_run(folder, loaded) if folder and loaded else load_plain(options.model, generation)
-    if judges:
-        rewards = zip(answers, opened.open_judge().score(answers), strict=True)
-        lines = [json.dumps({"messages": row.messages, "reward": found}, ensure_ascii=False) for row, found in rewards]
-        cli.write_lines(lines, options.out)
+    def load() -> LoadedModel:
+        return load_run(folder, loaded) if folder and loaded else load_plain(options.model, generation)
+
+    if loaded.recipe.reward if loaded else judges_answers(options.model):
+        cli.write_lines(score(options.prompts, options.model or str(folder and folder.path), load), options.out)
         return 0
-    session = opened.open_session()
+    conversations = read_prompts(options.prompts) if options.prompts else []
+    session = load().open_session()
     if options.prompt is not None:
         cli.print_stream(session.stream([{"role": "user", "content": options.prompt.replace("\\n", "\n")}]))
     elif options.prompts:
@@ -72,6 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         cli.hold_conversation(session.stream)
     return 0
+
+
+def score(prompts: Path | None, where: str, load: Callable[[], LoadedModel]) -> list[str]:
+    """A reward model's rewards of the answers in a file, as lines of JSON; the file is read before the model."""
+    from utils.scoring import read_answers
+
+    if prompts is None:
+        message = "a reward model scores answers, and writes none"
+        fix = "name rows that hold answers with --prompts: messages, prompt and completion, or chosen and rejected"
+        raise RunError(message, where=where, fix=fix, code="no-answers")
+    answers = read_answers(prompts)
+    rewards = zip(answers, load().open_judge().score(answers), strict=True)
+    return [json.dumps({"messages": row.messages, "reward": found}, ensure_ascii=False) for row, found in rewards]
 
 
 if __name__ == "__main__":

@@ -9,17 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from config.model_families import ModelFamily, find_family, find_family_by_name
+from config.model_families import find_family, find_family_by_name
 from config.recipe_io import LoadedRecipe, list_rule_problems
-from config.recipe_rules import ON_ANSWERS, find_cadence_violations
+from config.recipe_rules import find_cadence_violations
 from config.structured_config import Recipe
 from utils.backends import check_engine
 from utils.data_formats import Example
 from utils.exceptions import DataError, Problem, RecipeError
-from utils.hub import explain_errors, find_snapshot
 from utils.logging import get_logger
 from utils.machine import guess_device
-from utils.methods.pairs import have_one_prompt
 from utils.model_files import check_model_files
 from utils.model_shape import find_positions, has_learned_positions
 from utils.model_source import (
@@ -27,10 +25,10 @@ from utils.model_source import (
     EMBEDDED_PREFIX,
     ModelSource,
     find_model,
-    is_on_hub,
     list_linear_modules,
     list_modules,
 )
+from utils.preflight_checks import check_metrics, check_prompts, guess_chat_template
 from utils.prepared_data import PreparedData, describe_sources, hash_contents, iterate_held_out, prepare_data
 from utils.resources import Resources, plan_resources, summarise_resources
 from utils.row_checks import RowScan, scan_rows
@@ -118,20 +116,7 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     hashes = describe_sources(loaded)
     if run is not None:
         run.check_data(hash_contents(hashes))
-    where, adapter_where = loaded.find_origin("model.name"), loaded.find_origin("model.adapter")
-    source = find_model(recipe.model, where, with_weights=False, adapter_where=adapter_where)
-    check_model_files(loaded, source)
-    modules = tuple(list_linear_modules(source))
-    wholes = tuple(list_modules(source))
-    facts = Facts(
-        recipe,
-        source.family,
-        model_type=source.model_type,
-        modules=modules,
-        whole_modules=wholes,
-        is_reward=source.is_reward,
-    )
-    apply_rules(loaded, facts)
+    source = find_checked_model(loaded)
     row_formats = {*scan.formats, *scan.features}
     tokenizer = open_run_tokenizer(loaded, source, run) if run else open_tokenizer(loaded, source, row_formats)
     data = prepare_data(loaded, scan, tokenizer, hashes)
@@ -140,20 +125,28 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     return complete_preflight(loaded, source, tokenizer, scan, data, device)
 
 
+def find_checked_model(loaded: LoadedRecipe) -> ModelSource:
+    """The model's folder, without weights that would have to be downloaded, after all checks that its files allow."""
+    recipe, where, adapter_where = loaded.recipe, loaded.find_origin("model.name"), loaded.find_origin("model.adapter")
+    source = find_model(recipe.model, where, with_weights=False, adapter_where=adapter_where)
+    check_model_files(loaded, source)
+    facts = Facts(
+        recipe,
+        source.family,
+        model_type=source.model_type,
+        modules=tuple(list_linear_modules(source)),
+        whole_modules=tuple(list_modules(source)),
+        is_reward=source.is_reward,
+    )
+    apply_rules(loaded, facts)
+    return source
+
+
 def settle_dtype(loaded: LoadedRecipe) -> LoadedRecipe:
     """Writes down that weights which are all trained are float32, so that every later script loads them as they are."""
     if loaded.recipe.lora is not None or loaded.recipe.model.dtype != "auto":
         return loaded
     return loaded.with_automatic_value("model.dtype", "float32", "all weights are trained: 16 bits lose small updates")
-
-
-def guess_chat_template(loaded: LoadedRecipe, family: ModelFamily | None) -> bool | None:
-    """Whether the family of a model has a chat template; None where the model's files are here and speak for themselves."""
-    model = loaded.recipe.model
-    if family is None or not is_on_hub(model.name):
-        return None
-    with explain_errors(model, loaded.find_origin("model.name")):
-        return None if find_snapshot(model, with_weights=False, trust=True) else family.has_chat_template
 
 
 def check_new_model(loaded: LoadedRecipe, run: RunFolder | None) -> Preflight:
@@ -248,34 +241,6 @@ def collect_rule_facts(
         device=machine.device,
         cores=machine.cores,
     )
-
-
-def check_metrics(loaded: LoadedRecipe, scan: RowScan) -> None:
-    """Metrics on answers need rows with answers; execution accuracy needs a database in each row."""
-    metrics = loaded.recipe.evaluation.metrics
-    generated = [name for name in metrics if name in ON_ANSWERS]
-    for example in iterate_held_out(loaded, scan) if generated else ():
-        if example.text is not None:
-            fix = "remove it from evaluation.metrics"
-            raise DataError(f"{generated[0]} needs answers, and this row is raw text", where=example.where, fix=fix)
-        if example.label is False:
-            fix = "remove it from evaluation.metrics, or hold out rows with label true"
-            message = f"{generated[0]} needs good answers to compare with, and this row's has label false"
-            raise DataError(message, where=example.where, fix=fix)
-        if "execution_accuracy" in metrics and not isinstance(example.fields.get("database"), str):
-            fix = 'add "database": an SQL script that creates and fills the tables, or remove the metric'
-            raise DataError("execution_accuracy needs a `database` in each held-out row", where=example.where, fix=fix)
-
-
-def check_prompts(loaded: LoadedRecipe, data: PreparedData) -> None:
-    """KTO compares an answer with answers to other prompts, in training and in evaluation."""
-    if loaded.recipe.kto is None:
-        return
-    for name, pairs in (("training", data.train), ("held-out", data.evaluation)):
-        if len(pairs) and have_one_prompt(pairs):
-            fix = "add rows: KTO compares each answer with one that belongs to another prompt"
-            where = pairs[0].where
-            raise DataError(f"KTO needs {name} rows with two prompts or more", where=where, fix=fix, code="few-rows")
 
 
 def plan_run(recipe: Recipe, rows: int) -> RunPlan:

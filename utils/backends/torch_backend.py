@@ -75,6 +75,21 @@ def read_network(source: ModelSource, recipe: Recipe, plan: MachinePlan, device:
     """Reads weights onto the device, quantised where the recipe says so; those of a new model are drawn from its seed."""
     if source.seed is not None:
         return build_network(source.config, source.seed).to(device)
+    network, missing = read_files(source, recipe, plan, device)
+    if recipe.reward:
+        missing -= start_head(network, source, missing)
+    if missing:
+        message = f"the files lack {len(missing)} of the model's tensors, such as {min(missing)}: they would be random"
+        fix = "use another copy of the model"
+        raise ModelLoadingError(message, where=str(source.folder), fix=fix, code="incomplete")
+    if recipe.model.quantization == "none":
+        return network.to(device)
+    prepare_quantised(network)
+    return network
+
+
+def read_files(source: ModelSource, recipe: Recipe, plan: MachinePlan, device: str) -> tuple[nn.Module, set[str]]:
+    """A model as transformers reads it, and the names of its tensors that no file has."""
     quantization = recipe.model.to_quantization_config(plan.dtype_name)
     kind: Any = AutoModelForSequenceClassification if recipe.reward else AutoModelForCausalLM
     try:
@@ -109,18 +124,7 @@ def read_network(source: ModelSource, recipe: Recipe, plan: MachinePlan, device:
         fix = "use another copy of the model: config.json and weights must belong together"
         message = f"the model cannot be loaded: {text}"
         raise ModelLoadingError(message, where=str(source.folder), fix=fix) from error
-    missing = {str(name) for name in loading["missing_keys"]}
-    if recipe.reward:
-        missing -= start_head(network, source, missing)
-    if missing:
-        message = f"the files lack {len(missing)} of the model's tensors, such as {min(missing)}: they would be random"
-        raise ModelLoadingError(
-            message, where=str(source.folder), fix="use another copy of the model", code="incomplete"
-        )
-    if quantization is None:
-        return network.to(device)
-    prepare_quantised(network)
-    return network
+    return network, {str(name) for name in loading["missing_keys"]}
 
 
 def describe_machine(model: TorchModel) -> MachineFacts:
