@@ -354,3 +354,23 @@ def test_a_run_records_what_was_predicted_and_what_was_measured(finished: Path) 
     error = facts["predicted_memory"]["total"] / facts["peak_memory_bytes"] - 1
     assert facts["memory_error"] == pytest.approx(error)
     assert "Peak memory" in (find_run(finished) / "log.txt").read_text(encoding="utf-8")
+
+
+def test_a_packed_run_leaves_a_recipe_that_can_be_read_again(
+    tiny_llama: Path, tmp_path: Path, run_together: Any
+) -> None:
+    # A packed row is a micro-batch by itself, so none is chosen: a number in the resolved recipe would be refused.
+    recipe = write_recipe(tmp_path, tiny_llama, packing=True, max_steps=2)
+    run = ("--run", tmp_path / "run")
+    for done in run_together([("train", "--recipe", recipe, *run), ("evaluate_run", *run)], tmp_path):
+        assert done.returncode == 0, done.stderr
+    assert "micro_batch_size: auto" in (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8")
+
+
+def test_a_target_that_is_found_missing_after_loading_names_its_line(tiny_llama: Path, tmp_path: Path) -> None:
+    # peft needs whole dotted ends; the pre-flight compares last names. The key was named without file and line.
+    recipe = write_recipe(tmp_path, tiny_llama)
+    override = ("--set", "lora.target_modules=[wrong.q_proj]")
+    done = run_script("train", "--recipe", recipe, "--run", tmp_path / "run", *override, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "error: --set lora.target_modules: no module is called 'wrong.q_proj'" in done.stderr
