@@ -201,6 +201,7 @@ class Backend(Protocol):
 def load_backend(name: Literal["auto", "torch"]) -> Backend:
     """Imports a framework. On auto that is torch: CUDA, then MPS, then the CPU."""
     chosen: BackendName = "torch" if name == "auto" else name
+    importlib.import_module(f"utils.backends.{chosen}_start")
     return cast(Backend, importlib.import_module(f"utils.backends.{chosen}_backend"))
 
 
