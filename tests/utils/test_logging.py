@@ -157,3 +157,7 @@ def test_the_level_can_be_set_in_the_environment() -> None:
 
 def test_the_logger_has_the_projects_name() -> None:
     assert get_logger().name == NAME == "tunebook"
+
+
+def test_what_bitsandbytes_says_at_every_8_bit_product_is_not_shown() -> None:
+    assert not logging.getLogger("bitsandbytes.autograd._functions").isEnabledFor(logging.WARNING)
