@@ -300,8 +300,9 @@ def test_people_see_which_answers_are_good_ones(
     tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_labelled(tmp_path, tiny_llama)
-    arguments = ["--recipe", str(recipe), "--set", "data.eval_fraction=0", "--rows", "20", "--picture", "p.png"]
-    assert preview_data.main([*arguments, "--set", "training.eval_every=epoch"]) == 0
+    changes = ["--set", "data.eval_fraction=0", "--set", "training.eval_every=epoch"]
+    arguments = ["--recipe", str(recipe), *changes, "--rows", "20", "--picture", "p.png"]
+    assert preview_data.main(arguments) == 0
     shown = capsys.readouterr().out
     assert [shown.count(f"\n{name}: ") for name in ("desirable", "undesirable", "chosen", "rejected")] == [8, 8, 4, 4]
     assert "a pair of" in shown
