@@ -19,11 +19,11 @@ from transformers.utils import logging as transformers_logging
 
 from config.structured_config import Recipe
 from utils.backends import MachineFacts, ignore
+from utils.backends.torch_adapter_files import fold_adapter
+from utils.backends.torch_adapter_files import load_adapter as load_adapter
+from utils.backends.torch_adapter_files import merge_adapter as merge_adapter
+from utils.backends.torch_adapter_files import save_weights as save_weights
 from utils.backends.torch_adapters import attach_lora as attach_lora
-from utils.backends.torch_adapters import fold_adapter
-from utils.backends.torch_adapters import load_adapter as load_adapter
-from utils.backends.torch_adapters import merge_adapter as merge_adapter
-from utils.backends.torch_adapters import save_weights as save_weights
 from utils.backends.torch_generation import generate as generate
 from utils.backends.torch_generation import stream as stream
 from utils.backends.torch_losses import compute_token_losses
