@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scripts import evaluate_run, infer, merge, train
+from utils.exceptions import RecipeError, RunError
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 STEP_KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second"}
@@ -212,8 +215,8 @@ def test_a_merged_model_answers_like_its_adapter_and_loads_in_transformers(finis
     assert AutoModelForCausalLM.from_pretrained(target).config.model_type == "llama"
     assert json.loads((target / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"] == [2]
     answers = []
-    for infer, out in zip(asked, (of_run, of_merged), strict=True):
-        assert infer.returncode == 0, infer.stderr
+    for done, out in zip(asked, (of_run, of_merged), strict=True):
+        assert done.returncode == 0, done.stderr
         answers.append([json.loads(line)["answer"] for line in out.read_text(encoding="utf-8").splitlines()])
     assert answers[0] == answers[1]
     assert single.returncode == 0, single.stderr
@@ -321,30 +324,27 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% if m.role ==
 
 
 def test_a_run_keeps_its_own_template_whatever_becomes_of_the_file(
-    tiny_llama: Path, tmp_path: Path, run_together: Any
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     template = tmp_path / "mine.jinja"
     template.write_text(TEMPLATE, encoding="utf-8")
     recipe = write_recipe(tmp_path, tiny_llama)
     options = ["--set", f"data.template={template}", "--set", "training.max_steps=2"]
-    done = run_script("train", "--recipe", recipe, "--run", tmp_path / "run", *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "<user> Say" in done.stdout
+    assert train.main(["--recipe", str(recipe), "--run", "run", *options]) == 0
+    assert "<user> Say" in capsys.readouterr().out
     saved = tmp_path / "run" / "adapter" / "chat_template.jinja"
     assert saved.read_text(encoding="utf-8") == TEMPLATE
 
     template.unlink()
     merged = tmp_path / "merged"
-    source = ("--run", tmp_path / "run")
-    for done in run_together([("merge", *source, "--out", merged), ("evaluate_run", *source)], tmp_path):
-        assert done.returncode == 0, done.stderr
+    assert merge.main(["--run", "run", "--out", str(merged)]) == 0
+    assert evaluate_run.main(["--run", "run"]) == 0
     assert (merged / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
 
     saved.write_text(TEMPLATE.replace("<", "["), encoding="utf-8")
-    done = run_script("infer", "--run", tmp_path / "run", "--prompt", "Hi", cwd=tmp_path)
-    assert done.returncode == 5
-    assert "not the one that the run was trained with" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(RunError, match="not the one that the run was trained with"):
+        infer.main(["--run", "run", "--prompt", "Hi"])
 
 
 def test_a_run_records_what_was_predicted_and_what_was_measured(finished: Path) -> None:
@@ -357,20 +357,21 @@ def test_a_run_records_what_was_predicted_and_what_was_measured(finished: Path) 
 
 
 def test_a_packed_run_leaves_a_recipe_that_can_be_read_again(
-    tiny_llama: Path, tmp_path: Path, run_together: Any
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     # A packed row is a micro-batch by itself, so none is chosen: a number in the resolved recipe would be refused.
     recipe = write_recipe(tmp_path, tiny_llama, packing=True, max_steps=2)
-    run = ("--run", tmp_path / "run")
-    for done in run_together([("train", "--recipe", recipe, *run), ("evaluate_run", *run)], tmp_path):
-        assert done.returncode == 0, done.stderr
+    assert train.main(["--recipe", str(recipe), "--run", "run"]) == 0
+    assert evaluate_run.main(["--run", "run"]) == 0
     assert "micro_batch_size: auto" in (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8")
 
 
-def test_a_target_that_is_found_missing_after_loading_names_its_line(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_target_that_is_found_missing_after_loading_names_its_line(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     # peft needs whole dotted ends; the pre-flight compares last names. The key was named without file and line.
     recipe = write_recipe(tmp_path, tiny_llama)
-    override = ("--set", "lora.target_modules=[wrong.q_proj]")
-    done = run_script("train", "--recipe", recipe, "--run", tmp_path / "run", *override, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "error: --set lora.target_modules: no module is called 'wrong.q_proj'" in done.stderr
+    with pytest.raises(RecipeError, match=r"--set lora\.target_modules: no module is called 'wrong\.q_proj'"):
+        train.main(["--recipe", str(recipe), "--run", "run", "--set", "lora.target_modules=[wrong.q_proj]"])

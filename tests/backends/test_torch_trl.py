@@ -46,7 +46,7 @@ def make_values(folder: Path | str, **sections: dict[str, Any] | None) -> dict[s
         "model": {"name": str(folder), "dtype": "float32"},
         "data": {"train": "unused"},
         "lora": {"r": 4, "alpha": 8.0},
-        "training": {"method": "sft", "batch_size": 4, "micro_batch_size": 3, "max_steps": 10, "learning_rate": 1e-2},
+        "training": {"method": "sft", "batch_size": 4, "micro_batch_size": 3, "max_steps": 6, "learning_rate": 1e-2},
     }
     for name, given in sections.items():
         values[name] = None if given is None else {**(values.get(name) or {}), **given}
@@ -168,7 +168,7 @@ def test_trl_takes_the_steps_of_our_loop(case: str, tiny: Path, tmp_path: Path) 
     values = make_values(tiny, **CASES[case])
     ours = run(values, tmp_path / "ours", "tunebook")
     theirs = run(values, tmp_path / "theirs", "trl")
-    assert len(ours.steps) == len(theirs.steps) == 10
+    assert len(ours.steps) == len(theirs.steps) == 6
     for mine, other in zip(ours.steps, theirs.steps, strict=True):
         assert mine.keys() == other.keys()
         for key in ("step", "epoch", "tokens", "supervised_tokens"):
@@ -178,7 +178,7 @@ def test_trl_takes_the_steps_of_our_loop(case: str, tiny: Path, tmp_path: Path) 
     assert ours.weights.keys() == theirs.weights.keys()
     for name, weight in ours.weights.items():
         torch.testing.assert_close(theirs.weights[name], weight, rtol=1e-2, atol=1e-4)
-    assert (theirs.state.step, theirs.state.tokens) == (10, ours.state.tokens)
+    assert (theirs.state.step, theirs.state.tokens) == (6, ours.state.tokens)
     assert theirs.state.loss_sum == pytest.approx(ours.state.loss_sum, rel=1e-4)
 
 
@@ -200,7 +200,7 @@ def test_trl_takes_the_steps_of_our_loop_on_pairs(case: str, tiny: Path, tmp_pat
     values["training"]["method"] = "dpo"
     ours = run(values, tmp_path / "ours", "tunebook")
     theirs = run(values, tmp_path / "theirs", "trl")
-    assert len(ours.steps) == len(theirs.steps) == 10
+    assert len(ours.steps) == len(theirs.steps) == 6
     for mine, other in zip(ours.steps, theirs.steps, strict=True):
         assert mine.keys() == other.keys() >= {"margin", "accuracy", "chosen_reward", "rejected_reward"}
         for key in ("step", "tokens", "supervised_tokens"):

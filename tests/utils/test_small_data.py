@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from config.recipe_io import LoadedRecipe, format_resolved, load_recipe
+from scripts import evaluate_run, train, validate
 from utils.exceptions import RecipeError
 from utils.logging import get_logger
 from utils.preflight import check_recipe, summarise_preflight
 from utils.small_data import GENTLE, adapt_to_small_data
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(folder: Path, *overrides: str, data: dict[str, Any] | None = None, **training: Any) -> LoadedRecipe:
@@ -187,24 +183,14 @@ def test_a_single_row_trains_and_says_that_nothing_is_held_out(tiny_llama: Path,
     assert "early stopping cannot act" in problem.message
 
 
-def run_script(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a script as a user would."""
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ}, capture_output=True, text=True, timeout=200, check=False
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "batches"), [(5, 1), (12, 3)])
 def test_five_and_twelve_rows_train_and_can_be_evaluated(
-    tiny_llama: Path, tmp_path: Path, count: int, batches: int
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, batches: int
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     recipe = write_files(tmp_path, tiny_llama, count, early_stopping_patience=50)
-    done = run_script("train", "--recipe", recipe, "--run", tmp_path / "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "training.epochs: 10.0 (" in done.stderr
-    assert "training.batch_size: 4 (" in done.stderr
+    assert train.main(["--recipe", str(recipe), "--run", "run"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10 * batches + 1))
     assert [row["step"] for row in rows if "eval_loss" in row] == [batches * epoch for epoch in range(1, 11)]
@@ -213,6 +199,7 @@ def test_five_and_twelve_rows_train_and_can_be_evaluated(
     resolved = tmp_path / "run" / "recipe.yaml"
     text = resolved.read_text(encoding="utf-8")
     assert "epochs: 10.0  # auto: " in text
+    assert "batch_size: 4  # auto: " in text
     assert "gradient_checkpointing: false  # auto: " in text
     if count == 12:
         # What a finished run was trained with must not keep another machine from measuring it.
@@ -222,16 +209,12 @@ def test_five_and_twelve_rows_train_and_can_be_evaluated(
         )
         resolved.write_text(text.replace("save_every: epoch", "save_every: 1"), encoding="utf-8")
         assert {"adamw_8bit", "1000000000"} <= set(resolved.read_text(encoding="utf-8").split())
-        done = run_script("evaluate_run", "--run", tmp_path / "run", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        assert evaluate_run.main(["--run", "run"]) == 0
 
 
 @pytest.mark.slow
 def test_8_bit_moments_on_a_cpu_are_refused_before_rows_are_read(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = write_files(tmp_path, tiny_llama, 5, optimizer="adamw_8bit")
     (tmp_path / "rows.jsonl").write_text("this is no row", encoding="utf-8")
-    done = run_script("validate", "--recipe", recipe, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert "adamw_8bit needs an NVIDIA GPU" in done.stderr
-    assert "few.yaml:1" in done.stderr
-    assert "no row" not in done.stderr
+    with pytest.raises(RecipeError, match=r"few\.yaml:1.*adamw_8bit needs an NVIDIA GPU"):
+        validate.main(["--recipe", str(recipe)])
