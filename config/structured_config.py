@@ -299,7 +299,8 @@ class TrainingSection(Section):
     """How much lower a loss must be to count as better."""
     small_data: Literal["auto", "gentle", "off"] = "auto"
     """Under 200 training examples, fill keys that the recipe leaves out: auto takes more epochs, smaller batches and more
-    held-out rows; gentle takes older, milder numbers; off changes nothing."""
+    held-out rows, which wins on real small sets (docs/results/small_data.md); gentle takes older, milder numbers; off changes
+    nothing."""
 
     @property
     def learns_pairs(self) -> bool:

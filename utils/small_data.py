@@ -1,8 +1,8 @@
 """Small sets: what `training.small_data` fills in for a recipe with fewer than 200 training examples.
 
 With 40 rows, three epochs of batches of 16 are nine optimizer steps: next to nothing is learned, and nothing says so. A rule
-never touches a value that the recipe sets, and each value that it fills in carries its reason. `benchmarks/small_data.py`
-compares the rules.
+never touches a value that the recipe sets, and each value that it fills in carries its reason. docs/results/small_data.md
+compares them: on 40 rows the adaptive values win on each of three tasks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from config.structured_config import Recipe
 from utils.logging import get_logger
 
 FEW, VERY_FEW = 200, 100  # training examples: fewer than these
-METHODS = ("sft",)  # the numbers were measured for these; preference methods overfit within 2 to 3 epochs
+METHODS = ("sft",)  # the numbers were measured for it; preference methods overfit within 2 to 3 epochs
 HELD_OUT_ROWS = 5  # fewer say next to nothing
 MAX_HELD_OUT_SHARE = 0.2
 # The older, milder numbers that users know: they suit all-weight training of a chat model more than adapters.
