@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from config.recipe_io import load_recipe  # noqa: E402
 from config.structured_config import ModelSection  # noqa: E402
-from utils.machine import measure_memory  # noqa: E402
+from utils.machine import count_cores, measure_memory  # noqa: E402
 from utils.memory import show_bytes  # noqa: E402
 from utils.model_shape import read_shape  # noqa: E402
 from utils.model_source import DEFAULT_MODEL, find_model  # noqa: E402
@@ -240,7 +240,6 @@ def read_rows(page: Path) -> dict[str, str]:
 def format_page(rows: Mapping[str, str]) -> str:
     """The whole result as Markdown."""
     errors = [abs(int(row.split(" | ")[4].removesuffix(" %"))) for row in rows.values()]
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
     libc = " ".join(platform.libc_ver())
     lines = [
@@ -257,7 +256,7 @@ def format_page(rows: Mapping[str, str]) -> str:
         "",
         f"Mean error {sum(errors) / len(errors):.0f} %, largest {max(errors)} %.",
         "",
-        f"Machine: {platform.machine()}, {cores} cores, {show_bytes(measure_memory()[0])} of memory, {libc}, "
+        f"Machine: {platform.machine()}, {count_cores()} cores, {show_bytes(measure_memory()[0])} of memory, {libc}, "
         f"Python {platform.python_version()}, {versions}.",
         "",
     ]

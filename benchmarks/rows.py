@@ -105,7 +105,8 @@ def measure_all(folder: Path, rows: int) -> list[str]:
     return [
         "# Rows: speed and memory of the first pass",
         "",
-        f"Written by `python benchmarks/rows.py --rows {rows} --write` on {time.strftime('%Y-%m-%d')}: {describe_machine()}.",
+        f"Written by `python benchmarks/rows.py --rows {rows} --write` on {time.strftime('%Y-%m-%d')}: "
+        f"{describe_machine('datasets')}.",
         "",
         *table,
         "",
@@ -141,14 +142,15 @@ def measure(setup: str, path: Path, folder: Path) -> dict[str, float]:
     return result
 
 
-def describe_machine() -> str:
-    """Processor, Python and the library that is compared."""
+def describe_machine(*packages: str) -> str:
+    """Processor, Python, and the versions of the packages that a result depends on."""
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             cpu = line.partition(":")[2].strip()
             break
-    return f"{cpu}, Python {platform.python_version()}, datasets {importlib.metadata.version('datasets')}"
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    return ", ".join([cpu, f"Python {platform.python_version()}", *versions])
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from scripts.train import main as train  # noqa: E402
 from utils.backends import load_backend  # noqa: E402
 from utils.evaluation import load_trained_model, measure  # noqa: E402
 from utils.logging import set_up_logging  # noqa: E402
+from utils.machine import count_cores  # noqa: E402
 from utils.metrics import score_answers  # noqa: E402
 from utils.model_source import find_model  # noqa: E402
 from utils.preflight import check_recipe  # noqa: E402
@@ -315,7 +316,8 @@ def render(sets: Sequence[SmallSet], results: Sequence[dict[str, Any]], options:
     lines = [
         "# Small data: adaptive, plain and gentle values",
         "",
-        f"Written by `{command} --write` on {time.strftime('%Y-%m-%d')}: {describe_machine()}.",
+        f"Written by `{command} --write` on {time.strftime('%Y-%m-%d')}: {describe_machine('torch', 'transformers', 'peft')}, "
+        f"{count_cores()} cores, float32.",
         "",
         f"SmolLM2-135M-Instruct with LoRA learns each task from {options.rows} rows, drawn anew for each seed",
         "from the shortest rows of the file. The recipe sets nothing but model, rows and `training.small_data`: `off` (plain),",

@@ -25,18 +25,20 @@ class Judge:
 
     Attributes:
         batch_size: answers of one forward pass.
+        positions: longest conversation that the model was made for, in tokens; None where its config does not say.
     """
 
     backend: Backend
     model: Any
     tokenizer: TokenizerUtils
     batch_size: int
+    positions: int | None
 
     def score(self, examples: Sequence[Example]) -> list[float]:
         """The reward of each conversation, in order; only differences between answers to one prompt mean something.
 
         Raises:
-            DataError: rows that cannot be encoded.
+            DataError: rows that cannot be encoded, or that are longer than the model's positions.
         """
         encoded = self.encode(examples)
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].input_ids), reverse=True)
@@ -56,8 +58,11 @@ class Judge:
         for rows in self.tokenizer.encode_batch(examples):
             if isinstance(rows, DataError):
                 problems += rows.problems
-            else:
-                found.append(rows[-1])
+                continue
+            found.append(rows[-1])
+            if self.positions is not None and len(rows[-1].input_ids) > self.positions:
+                message = f"{len(rows[-1].input_ids)} tokens lie beyond the model's {self.positions} positions"
+                problems.append(Problem("overlong", message, rows[-1].where, "shorten the row, or leave it out"))
         if problems:
             raise DataError.from_problems(problems)
         return found

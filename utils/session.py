@@ -15,6 +15,7 @@ from utils.evaluation import load_trained_model
 from utils.exceptions import DataError, RecipeError
 from utils.inference import Ids, Responder, make_settings
 from utils.messages import Message, check_message, check_text
+from utils.model_shape import find_positions
 from utils.model_source import EMBEDDED_PREFIX, ModelSource, find_model
 from utils.run_folder import RunFolder
 from utils.run_tokenizer import choose_loss_on, open_run_tokenizer
@@ -66,12 +67,17 @@ class Session:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory with the tokenizer that belongs to it."""
+    """A model in memory with the tokenizer that belongs to it.
+
+    Attributes:
+        source: the files of the base, or of the whole model.
+    """
 
     backend: Backend
     model: Any
     tokenizer: TokenizerUtils
     recipe: Recipe
+    source: ModelSource
 
     def open_session(self) -> Session:
         """To ask it questions."""
@@ -81,7 +87,8 @@ class LoadedModel:
 
     def open_judge(self) -> Judge:
         """To have it score answers."""
-        return Judge(self.backend, self.model, self.tokenizer, self.recipe.evaluation.batch_size)
+        positions = find_positions(self.source.config)
+        return Judge(self.backend, self.model, self.tokenizer, self.recipe.evaluation.batch_size, positions)
 
 
 def load_run(folder: RunFolder, loaded: LoadedRecipe) -> LoadedModel:
@@ -94,7 +101,7 @@ def load_run(folder: RunFolder, loaded: LoadedRecipe) -> LoadedModel:
     folder.check_complete()
     is_whole = not folder.adapter.is_dir()  # all weights were trained: they need no base
     if is_whole:
-        source = ModelSource(str(folder.model), folder.model, {})
+        source = find_model(ModelSection(name=str(folder.model)), str(folder.path), with_weights=True)
     else:
         source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
         folder.check_base(source)
@@ -103,7 +110,7 @@ def load_run(folder: RunFolder, loaded: LoadedRecipe) -> LoadedModel:
     SeedManager(recipe.seed).seed_everything()
     loaded_model = backend.load_model(source, recipe)
     model = loaded_model if is_whole else load_trained_model(backend, loaded_model, recipe, folder)
-    return LoadedModel(backend, model, tokenizer, recipe)
+    return LoadedModel(backend, model, tokenizer, recipe, source)
 
 
 def judges_answers(name: str) -> bool:
@@ -141,7 +148,7 @@ def load_plain(name: str, generation: GenerationSection | None = None) -> Loaded
     )
     backend = load_backend(recipe.backend)
     SeedManager(recipe.seed).seed_everything()
-    return LoadedModel(backend, backend.load_model(source, recipe), tokenizer, recipe)
+    return LoadedModel(backend, backend.load_model(source, recipe), tokenizer, recipe, source)
 
 
 def read_prompts(path: Path) -> list[list[Message]]:

@@ -129,8 +129,7 @@ class EncodedSet(Sequence[EncodedExample]):
     @property
     def answers(self) -> tuple[int, int]:
         """Chosen or desirable answers of its pairs, and rejected or undesirable ones."""
-        chosen = self._collect(lambda table: view_column(table.columns["chosen_start"], "i4"))
-        rejected = self._collect(lambda table: view_column(table.columns["rejected_start"], "i4"))
+        chosen, rejected = (self._read_numbers(name) for name in ("chosen_start", "rejected_start"))
         is_pair = chosen >= 0
         return int((is_pair & (rejected > chosen)).sum()), int((is_pair & (self.lengths > rejected)).sum())
 

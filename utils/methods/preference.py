@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,13 @@ Scores = npt.NDArray[np.float64]
 Pairs = Sequence[EncodedExample]
 FILE = "reference.f64"
 # A reference of this code; other code may round otherwise.
-CODE = ("batching.py", "methods/pairs.py", "backends/torch_losses.py", "backends/torch_preference.py")
+CODE = (
+    "batching.py",
+    "methods/pairs.py",
+    "methods/preference.py",
+    "backends/torch_losses.py",
+    "backends/torch_preference.py",
+)
 # How far the first loss may lie from its value: rounding of sums over a few hundred tokens, times beta. A quantised base
 # multiplies in fewer bits than float32, whatever the number format of the rest.
 ROUNDING = {"float32": 1e-5}
@@ -58,9 +65,9 @@ class DerivedPairs(Sequence[EncodedExample]):
             return [self.derive(position) for position in range(len(self))[index]]
         return self.derive(index)
 
+    @abstractmethod
     def derive(self, index: int) -> EncodedExample:
         """The pair at an index."""
-        raise NotImplementedError
 
 
 class MismatchedPairs(DerivedPairs):
