@@ -150,7 +150,7 @@ def test_inside_functions_only_tokenizer_hub_datasets_and_the_schemas_conversion
         for node, target, at_top in iterate_imports(path):
             top = target.split(".")[0]
             is_light = (
-                (top == "transformers" and is_in(path, "utils/tokenizer_utils.py"))
+                (top == "transformers" and is_in(path, "utils/tokenizer_files.py"))
                 or (top == "datasets" and is_in(path, "utils/data_sources.py"))
                 or (top in ("transformers", "peft") and id(node) in allowed)
             )
@@ -425,13 +425,16 @@ BESIDE_THE_TOKENS = {
     "utils.adapter_source",
     "utils.backends.embedded_model",
     "utils.batching",
+    "utils.cache_entries",
     "utils.cache_keys",
     "utils.download_progress",
     "utils.downloads",
     "utils.exceptions",
     "utils.hub",
     "utils.logging",
+    "utils.model_headers",
     "utils.model_source",
+    "utils.problem_log",
     "utils.progress",
 }
 

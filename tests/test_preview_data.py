@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from utils.model_source import ModelSource
-from utils.tokenizer_utils import load_tokenizer
+from utils.tokenizer_files import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS: list[dict[str, Any]] = [

@@ -8,14 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.exceptions import AdapterError, ModelLoadingError, RecipeError
-from utils.model_source import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    ModelSource,
-    iterate_tensor_shapes,
-    read_header_bytes,
-    read_json_object,
-)
+from utils.model_headers import read_header_bytes, read_json_object
+from utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelSource, iterate_tensor_shapes
 
 MAX_CONFIG_BYTES = 10_000_000
 PREFIX = "base_model.model."

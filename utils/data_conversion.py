@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from config.structured_config import FormatName
-from utils.data_formats import ONE_ANSWER, READERS, Example
+from utils.data_formats import ONE_ANSWER, READERS
+from utils.examples import Example
 from utils.exceptions import DataError
 from utils.messages import Message
 from utils.row_writers import encode_json

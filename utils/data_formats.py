@@ -8,12 +8,13 @@ the columns `system` (the system message) and `tools` (function schemas).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
 
 from config.structured_config import FormatName
 from utils.data_loading import Row, raise_problems
+from utils.examples import Example, make_example
 from utils.exceptions import DataError, Problem
 from utils.messages import (
     Message,
@@ -21,7 +22,6 @@ from utils.messages import (
     check_optional_text,
     check_order,
     check_text,
-    check_tools,
     check_turns,
     parse_list,
 )
@@ -43,42 +43,6 @@ OTHER_NAMES = {
     "target": "completion",
     **dict.fromkeys(("content", "document"), "text"),
 }
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row, ready for the tokenizer.
-
-    Attributes:
-        format: the format that it was written in.
-        messages: the conversation, ending with the assistant; for preference prompt and chosen answer; empty for raw text.
-            Of a labelled row it ends with its answer, be it desirable or not.
-        text: raw text, or None for a conversation.
-        where: `file:line`.
-        fields: the whole row, for metrics that need more than the text.
-        tools: function schemas in OpenAI's form.
-        rejected: preference only: prompt and rejected answer.
-        label: labelled only: whether the model should answer like this.
-    """
-
-    format: FormatName
-    messages: tuple[Message, ...]
-    text: str | None
-    where: str
-    fields: dict[str, Any]
-    tools: tuple[dict[str, Any], ...] = ()
-    rejected: tuple[Message, ...] = ()
-    label: bool | None = None
-
-    @property
-    def prompt(self) -> tuple[Message, ...]:
-        """What the model is asked: all messages but the last answer."""
-        return self.messages[:-1]
-
-    @property
-    def answer(self) -> str:
-        """What the model should say: the last assistant turn; under label false, what it should not say."""
-        return str(self.messages[-1]["content"])
 
 
 def read_messages(row: Row) -> Example:
@@ -256,23 +220,6 @@ READERS: dict[FormatName, tuple[tuple[str, ...], Callable[[Row], Example]]] = {
     "text": (("text",), read_text),
     "labelled": (("label",), read_labelled),
 }
-
-
-def make_example(name: FormatName, row: Row, messages: tuple[Message, ...]) -> Example:
-    """An example of a conversation, with the row's `system` and `tools`."""
-    fields = row.fields
-    if type(fields.get("label")) is bool:
-        fix = "remove it, set data.format: auto, or rename it with data.columns if it means something else"
-        text = f"label says whether an answer is a good one, and format {name} does not look at it"
-        raise DataError(text, where=row.where, fix=fix, code="label")
-    if "system" in fields and (system := check_optional_text(fields["system"], "system", row.where)):
-        if messages[0]["role"] != "system":
-            messages = ({"role": "system", "content": system}, *messages)
-        elif messages[0]["content"].strip() != system.strip():
-            text = "the column system and the system message differ"
-            raise DataError(text, where=row.where, fix="keep one of the two", code="role-order")
-    tools = check_tools(fields["tools"], row.where) if "tools" in fields else ()
-    return Example(name, messages, None, row.where, fields, tools)
 
 
 def read_examples(rows: Sequence[Row], format_name: FormatName | Literal["auto"] = "auto") -> list[Example]:

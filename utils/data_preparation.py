@@ -17,13 +17,14 @@ from typing import Any, Literal
 
 from config.structured_config import FormatName
 from utils.data_conversion import COLUMNS, convert_example
-from utils.data_formats import Example, read_example
+from utils.data_formats import read_example
 from utils.data_loading import find_kind
 from utils.data_sources import RowSource, find_sources, find_unknown_columns, iterate_rows
+from utils.examples import Example
 from utils.exceptions import DataError, Problem
 from utils.fingerprints import FINGERPRINT_BYTES, fingerprint_example
+from utils.problem_log import ProblemLog
 from utils.progress import Progress
-from utils.row_checks import ProblemLog
 from utils.row_groups import choose_held_out, find_groups, find_shared, find_split_groups
 from utils.row_writers import Kind, RowWriter, check_target, encode_json, name_kind
 from utils.table_files import MESSAGE_COLUMNS, parse_messages

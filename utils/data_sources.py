@@ -15,8 +15,8 @@ from config.scratch_rules import TEXT_SUFFIX
 from config.structured_config import DataSource
 from utils.data_loading import Row, check_file, find_kind, iterate_file, rename_row
 from utils.exceptions import DataError, Problem
-from utils.file_lines import read_utf8
 from utils.messages import is_encodable
+from utils.text_files import is_text_file, iterate_text
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_SPLIT = re.compile(r"(?P<source>[\w.-]+/[\w.-]+)\[(?P<split>\w+)\]")  # as places of rows are written
@@ -111,23 +111,6 @@ def is_hub_id(name: str) -> bool:
     """True for `org/name` that is neither a data file's name nor below a folder that exists."""
     is_file = find_kind(Path(name)) or name.lower().endswith(TEXT_SUFFIX)
     return bool(HUB_ID.fullmatch(name)) and not is_file and not Path(name).parent.exists()
-
-
-def is_text_file(path: Path) -> bool:
-    """True for a file that is one text without rows; the recipe's rules keep it for models that learn from a corpus."""
-    return path.suffix.lower() == TEXT_SUFFIX and path.is_file()
-
-
-def iterate_text(path: Path) -> Iterator[Row | Problem]:
-    """Yields a text file as one row `{"text": …}`, its line ends as `\\n`.
-
-    Raises:
-        DataError: it cannot be read, is not UTF-8, or holds nothing but white space.
-    """
-    text = read_utf8(path).replace("\r\n", "\n")
-    if not text.strip():
-        raise DataError("holds no text", where=str(path), fix="put text into it, or leave it out", code="no-rows")
-    yield Row({"text": text}, f"{path}:1")
 
 
 def find_repeated(sources: Sequence[RowSource], where: str) -> Iterator[Problem]:

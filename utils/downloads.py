@@ -35,7 +35,8 @@ from utils.hub import (
     read_cached_tree,
 )
 from utils.logging import get_logger
-from utils.model_source import WEIGHTS_NAME, hash_file, is_on_hub, list_weight_names, read_config
+from utils.model_headers import WEIGHTS_NAME, list_weight_names
+from utils.model_source import hash_file, is_on_hub, read_config
 
 SECONDS_TO_ANSWER = 10.0  # of the hub, before it counts as unreachable
 SECONDS_TO_MEASURE = 5.0  # the same where the answer is only nice to have

@@ -13,7 +13,7 @@ from config.recipe_rules import ON_ANSWERS, PAIR_METRICS
 from config.structured_config import MetricName, Recipe
 from utils.backends import Backend
 from utils.batching import pad_prompts_left
-from utils.data_formats import Example
+from utils.examples import Example
 from utils.exceptions import DataError
 from utils.inference import Responder, encode_prompts, make_settings
 from utils.methods.preference import Scorer, count_answers

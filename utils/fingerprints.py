@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from hashlib import blake2b
 
-from utils.data_formats import Example
+from utils.examples import Example
 from utils.messages import Message
 
 FINGERPRINT_BYTES = 8

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from config.structured_config import ModelSection
 from utils.exceptions import MachineError, ModelLoadingError, RecipeError, TunebookError
-from utils.model_source import DEFAULT_MODEL, INDEX_NAME, WEIGHTS_NAME, list_weight_names
+from utils.model_headers import INDEX_NAME, WEIGHTS_NAME, list_weight_names
+from utils.model_source import DEFAULT_MODEL
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 DISK_FIX = "free some, or set HF_HOME to a folder on a larger disk"

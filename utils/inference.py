@@ -16,8 +16,8 @@ from config.structured_config import GenerationSection
 from utils.backends import Backend, GenerationSettings, MachineFacts
 from utils.batching import pad_prompts_left
 from utils.cache_keys import find_forward_versions, hash_code
-from utils.data_formats import Example
 from utils.data_loading import iterate_batches
+from utils.examples import Example
 from utils.logging import get_logger
 from utils.model_source import ModelSource, get_cache_folder
 from utils.progress import Progress

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from config.recipe_rules import ON_ANSWERS, PAIR_METRICS
 from config.structured_config import MetricName
-from utils.data_formats import Example
+from utils.examples import Example
 from utils.sql_execution import execution_match
 
 RESAMPLES = 10_000

@@ -14,7 +14,7 @@ from config.recipe_io import LoadedRecipe, list_rule_problems
 from config.recipe_rules import find_cadence_violations
 from config.structured_config import Recipe
 from utils.backends import check_engine
-from utils.data_formats import Example
+from utils.examples import Example
 from utils.exceptions import DataError, Problem, RecipeError
 from utils.logging import get_logger
 from utils.machine import guess_device

@@ -15,16 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from config.recipe_io import LoadedRecipe
+from utils.cache_entries import open_or_build
 from utils.cache_keys import hash_code
-from utils.data_formats import Example
 from utils.data_sources import RowSource, find_sources, hash_source
+from utils.examples import Example
 from utils.exceptions import DataError
 from utils.logging import get_logger
 from utils.methods.pairs import encode_pairs
 from utils.methods.sft import EncodingCounts, encode_rows
+from utils.problem_log import ProblemLog
 from utils.progress import Progress
-from utils.row_checks import ProblemLog, RowScan, iterate_examples
-from utils.token_cache import EncodedSet, TokenWriter, open_or_build, read_tokens
+from utils.row_checks import RowScan, iterate_examples
+from utils.token_cache import EncodedSet, TokenWriter, read_tokens
 from utils.tokenizer_utils import TokenizerUtils
 
 TRAIN, EVALUATION = "train.arrow", "evaluation.arrow"
@@ -42,6 +44,8 @@ CODE = (
     "row_groups",
     "data_sources",
     "row_checks",
+    "examples",
+    "text_files",
     "chat_templates",
     "template_sandbox",
     "template_limits",

@@ -18,7 +18,7 @@ from utils.model_source import ModelSource, find_model
 from utils.prepared_data import describe_sources, iterate_held_out, prepare_data
 from utils.row_checks import RowScan, iterate_examples, scan_rows
 from utils.run_tokenizer import open_tokenizer
-from utils.tokenizer_utils import load_tokenizer
+from utils.tokenizer_files import load_tokenizer
 
 MODEL_OPTION, DATA_OPTION = "--model", "--data"
 NOT_HERE = ("offline", "gated", "hub")  # codes of a hub model that exists, but whose files cannot be had now

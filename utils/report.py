@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from config.structured_config import MetricName
-from utils.data_formats import Example
 from utils.evaluation import Evaluation, TextSample
+from utils.examples import Example
 from utils.metrics import BINARY, TITLES, format_change, format_value, give_verdict
 from utils.run_folder import RunFolder, write_text_atomically
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from config.structured_config import DataSection
-from utils.data_formats import Example, read_example
-from utils.data_loading import SHOWN_PROBLEMS
+from utils.data_formats import read_example
 from utils.data_sources import RowSource, find_sources, find_unknown_columns, iterate_rows
+from utils.examples import Example
 from utils.exceptions import DataError, Problem
 from utils.fingerprints import fingerprint_example
+from utils.problem_log import ProblemLog
 from utils.row_groups import RowGroups, choose_held_out, find_groups, find_shared, find_split_groups
 
 FEW_ROWS = 10
@@ -25,31 +26,6 @@ FEW_SHARED_PROMPTS = 5
 SHARED_PROMPTS = 0.1  # share of the held-out rows above which shared prompts are worth a warning
 SHOWN_PAIRS = 3
 MOST_NAMED = 8
-
-
-class ProblemLog:
-    """Counts all problems and keeps the first ones."""
-
-    def __init__(self) -> None:
-        self.first: list[Problem] = []
-        self.count = 0
-
-    def add(self, problem: Problem, *, first: bool = False) -> None:
-        """Counts one more; with `first` it explains the others and is shown before them."""
-        self.count += 1
-        if first:
-            self.first = [problem, *self.first][:SHOWN_PROBLEMS]
-        elif len(self.first) < SHOWN_PROBLEMS:
-            self.first.append(problem)
-
-    def raise_if_any(self) -> None:
-        """Raises one DataError that shows the first problems and counts the rest."""
-        if not self.count:
-            return
-        shown = list(self.first)
-        if self.count > len(shown):
-            shown.append(Problem("more", f"… and {self.count - len(shown)} more rows with problems"))
-        raise DataError.from_problems(shown)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from utils.model_source import ModelSource
 from utils.rule_checks import Facts
 from utils.rules import apply_rules
 from utils.run_folder import RunFolder
-from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
+from utils.tokenizer_files import load_tokenizer
+from utils.tokenizer_utils import TokenizerUtils
 
 
 def open_tokenizer(loaded: LoadedRecipe, source: ModelSource, row_formats: Collection[str]) -> TokenizerUtils:

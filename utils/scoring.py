@@ -11,8 +11,9 @@ import numpy as np
 
 from utils.backends import Backend
 from utils.batching import pad_rows
-from utils.data_formats import Example, read_examples
+from utils.data_formats import read_examples
 from utils.data_loading import iterate_batches, load_rows
+from utils.examples import Example
 from utils.exceptions import DataError, Problem
 from utils.piece_encoder import EncodedExample
 from utils.progress import Progress

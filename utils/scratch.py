@@ -15,6 +15,7 @@ import numpy as np
 
 from config.recipe_io import LoadedRecipe, locate_problems
 from config.structured_config import DataSection, Recipe, ScratchSection
+from utils.cache_entries import open_or_build
 from utils.cache_keys import hash_code
 from utils.data_sources import find_sources
 from utils.exceptions import DataError
@@ -25,9 +26,10 @@ from utils.piece_encoder import EncodedExample
 from utils.prepared_data import CHUNK, EVALUATION, TRAIN, PreparedData, SourceHashes, make_key
 from utils.row_checks import RowScan, iterate_examples, scan_rows
 from utils.text_windows import Tokens, make_examples, split_tokens
-from utils.token_cache import TokenWriter, open_or_build, read_tokens
+from utils.token_cache import TokenWriter, read_tokens
+from utils.tokenizer_files import load_tokenizer
 from utils.tokenizer_training import END_OF_TEXT, TOKENIZER_FILES, train_tokenizer, write_tokenizer
-from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
+from utils.tokenizer_utils import TokenizerUtils
 
 # Whatever changes here can change a token or a mask of a new model, beside the modules that `prepared_data.CODE` names.
 CODE = ("scratch.py", "text_windows.py", "tokenizer_training.py")

@@ -21,8 +21,9 @@ from utils.run_folder import RunFolder
 from utils.run_tokenizer import choose_loss_on, open_run_tokenizer
 from utils.scoring import Judge
 from utils.seed_manager import SeedManager
+from utils.tokenizer_files import load_tokenizer
 from utils.tokenizer_training import refuse_unknown_characters
-from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
+from utils.tokenizer_utils import TokenizerUtils
 
 
 @dataclass(frozen=True)

@@ -313,7 +313,7 @@ def test_added_tokens_start_the_same_in_every_script_and_cost_nothing_after_full
     expected = torch_backend.compute_logits(model, batch)
     torch_backend.save_weights(model, tmp_path)
     from utils.added_tokens import add_tokens
-    from utils.tokenizer_utils import load_tokenizer
+    from utils.tokenizer_files import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     add_tokens(tokenizer, TOKENS, "test")

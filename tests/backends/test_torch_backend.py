@@ -342,7 +342,8 @@ def test_batched_greedy_answers_equal_those_given_one_by_one(embedded: ModelSour
     recipe = make_recipe(embedded.folder)
     model = torch_backend.load_model(embedded, recipe)
     settings = GenerationSettings(GenerationSection(max_new_tokens=12), (2,), PAD)
-    from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
+    from utils.tokenizer_files import load_tokenizer
+    from utils.tokenizer_utils import TokenizerUtils
 
     tokenizer = TokenizerUtils(load_tokenizer(embedded.folder))
     texts = ["Hi", "What is the capital of France?", "Name three colours and say which one is the sky's.", "2 + 2 ="]

@@ -44,8 +44,9 @@ from utils.methods.preference import (
 from utils.methods.sft import EncodingCounts
 from utils.model_source import ModelSource
 from utils.piece_encoder import EncodedExample
-from utils.row_checks import ProblemLog
-from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
+from utils.problem_log import ProblemLog
+from utils.tokenizer_files import load_tokenizer
+from utils.tokenizer_utils import TokenizerUtils
 
 # Of each of the pairs of SHAPES what is kept: both answers, the desirable or the undesirable one. The fourth prompt is one token.
 KEPT = (None, False, True, False, True)

@@ -30,7 +30,8 @@ from utils.model_source import ModelSource
 from utils.preflight import plan_run
 from utils.run_folder import RunFolder
 from utils.seed_manager import SeedManager
-from utils.tokenizer_utils import EncodedExample, load_tokenizer
+from utils.tokenizer_files import load_tokenizer
+from utils.tokenizer_utils import EncodedExample
 from utils.tracking import Tracker
 from utils.training_loop import HeldOut, LoopParts, TrainingState
 from utils.training_loop import train as train_with_our_loop

@@ -10,12 +10,13 @@ import pytest
 
 from config.recipe_io import load_recipe
 from utils.added_tokens import add_tokens, find_added_ids
-from utils.data_formats import Example
+from utils.examples import Example
 from utils.exceptions import DataError, RecipeError
 from utils.model_source import ModelSource
 from utils.prepared_data import make_key
 from utils.run_tokenizer import open_tokenizer
-from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
+from utils.tokenizer_files import load_tokenizer
+from utils.tokenizer_utils import TokenizerUtils
 
 
 def open_with(folder: Path, target: Path, **data: Any) -> TokenizerUtils:

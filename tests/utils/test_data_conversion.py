@@ -8,8 +8,9 @@ import pytest
 
 from config.structured_config import FormatName
 from utils.data_conversion import OPTIONAL_COLUMNS, WRITERS, clean_message, convert_example
-from utils.data_formats import READERS, Example, read_example
+from utils.data_formats import READERS, read_example
 from utils.data_loading import Row
+from utils.examples import Example
 from utils.exceptions import DataError
 
 SYSTEM = {"role": "system", "content": "Be brief."}

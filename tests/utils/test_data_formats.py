@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from utils.data_formats import READERS, Example, FormatName, detect_format, read_example, read_examples
+from utils.data_formats import READERS, FormatName, detect_format, read_example, read_examples
 from utils.data_loading import SHOWN_PROBLEMS, Row
+from utils.examples import Example
 from utils.exceptions import DataError, Problem
 
 USER = {"role": "user", "content": "Hi"}

@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from utils import template_sandbox
-from utils.data_formats import Example
+from utils.examples import Example
 from utils.exceptions import DataError, RecipeError
 from utils.tokenizer_utils import EncodedExample, TokenizerUtils
 

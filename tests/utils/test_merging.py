@@ -20,7 +20,8 @@ from utils.exceptions import AdapterError
 from utils.merging import Merge, Trained, measure_drift, merge_run
 from utils.model_source import find_model
 from utils.run_folder import RunFolder
-from utils.tokenizer_utils import EncodedExample, TokenizerUtils, load_tokenizer
+from utils.tokenizer_files import load_tokenizer
+from utils.tokenizer_utils import EncodedExample, TokenizerUtils
 
 
 def test_drift_is_zero_for_equal_logits_and_the_kl_divergence_otherwise() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from config.structured_config import MetricName
-from utils.data_formats import Example
+from utils.examples import Example
 from utils.metrics import Comparison, compare_losses, compare_scores, give_verdict, score_answers, wilson_interval
 
 DATABASE = "CREATE TABLE city (name TEXT, size INTEGER); INSERT INTO city VALUES ('Oslo', 700), ('Rome', 2800);"

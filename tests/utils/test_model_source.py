@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from config.structured_config import ModelSection
 from utils.exceptions import ModelLoadingError, RecipeError, TunebookError
+from utils.model_headers import read_header_bytes
 from utils.model_source import (
     MAX_CONFIG_BYTES,
     ModelSource,
@@ -23,7 +24,6 @@ from utils.model_source import (
     hash_file,
     iterate_tensor_shapes,
     list_linear_modules,
-    read_header_bytes,
 )
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,9 +26,10 @@ from utils.methods.pairs import (
 from utils.methods.sft import EncodingCounts
 from utils.model_source import ModelSource
 from utils.piece_encoder import EncodedExample
-from utils.row_checks import ProblemLog
+from utils.problem_log import ProblemLog
 from utils.token_cache import TokenWriter, read_tokens
-from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
+from utils.tokenizer_files import load_tokenizer
+from utils.tokenizer_utils import TokenizerUtils
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "What is 2 + 2?", "chosen": "It is 4.", "rejected": "It is 5, I believe."},

@@ -17,7 +17,8 @@ from utils.data_loading import SHOWN_PROBLEMS, Row
 from utils.data_sources import find_sources
 from utils.exceptions import DataError, Problem
 from utils.fingerprints import fingerprint_example
-from utils.row_checks import ProblemLog, RowScan, iterate_examples, scan_rows
+from utils.problem_log import ProblemLog
+from utils.row_checks import RowScan, iterate_examples, scan_rows
 from utils.row_groups import sample_indices
 
 ROOT = Path(__file__).resolve().parents[2]

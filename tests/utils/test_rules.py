@@ -18,7 +18,9 @@ from config.structured_config import Recipe
 from utils.exceptions import RecipeError
 from utils.model_source import ModelSource
 from utils.preflight import check_recipe
-from utils.rules import RANGES, RULES, Facts, find_problems
+from utils.range_table import RANGES
+from utils.rule_table import RULES
+from utils.rules import Facts, find_problems
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

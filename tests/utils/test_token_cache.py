@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from config.recipe_io import load_recipe
+from utils.cache_entries import find_cache_entry, open_or_build, remove_unused
 from utils.exceptions import DataError
 from utils.piece_encoder import EncodedExample
 from utils.prepared_data import mix, refuse_lost_sources
-from utils.token_cache import EncodedSet, TokenWriter, find_cache_entry, open_or_build, read_tokens, remove_unused
+from utils.token_cache import EncodedSet, TokenWriter, read_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "train.arrow"

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models
 
 from config.structured_config import ScratchSection
 from utils.exceptions import DataError, RunError
+from utils.tokenizer_files import load_tokenizer
 from utils.tokenizer_training import END_OF_TEXT, UNKNOWN, refuse_unknown_characters, train_tokenizer, write_tokenizer
-from utils.tokenizer_utils import load_tokenizer
 
 TEXT = "The cat sat.\n\nOn the mat, naïve\tcat 🐈!\n"
 CHAR = ScratchSection()

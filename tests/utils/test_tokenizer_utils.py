@@ -21,12 +21,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from config.structured_config import ModelSection
-from utils.data_formats import Example, read_example
+from utils.data_formats import read_example
 from utils.data_loading import Row
+from utils.examples import Example
 from utils.exceptions import DataError, ModelLoadingError, RecipeError
 from utils.messages import Message
 from utils.model_source import ModelSource, find_model
-from utils.tokenizer_utils import EncodedExample, TokenizerUtils, ensure_pad_token, fit_length, load_tokenizer
+from utils.tokenizer_files import ensure_pad_token, load_tokenizer
+from utils.tokenizer_utils import EncodedExample, TokenizerUtils, fit_length
 
 TRL = importlib.util.find_spec("trl")
 CHAT_TEMPLATES = Path(TRL.submodule_search_locations[0]) / "chat_templates" if TRL else Path()  # type: ignore[index]

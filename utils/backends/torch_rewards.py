@@ -16,7 +16,7 @@ from utils.backends.torch_losses import place_batch
 from utils.backends.torch_model import TorchModel, run_side_by_side
 from utils.batching import Batch
 from utils.model_source import ModelSource
-from utils.tokenizer_utils import load_tokenizer
+from utils.tokenizer_files import load_tokenizer
 
 HEAD = "score"  # transformers' name of it in every architecture
 

@@ -13,7 +13,7 @@ from utils.added_tokens import find_added_ids
 from utils.exceptions import ModelLoadingError
 from utils.logging import get_logger
 from utils.model_source import ModelSource
-from utils.tokenizer_utils import load_tokenizer
+from utils.tokenizer_files import load_tokenizer
 
 
 def grow_vocabulary(network: nn.Module, source: ModelSource, recipe: Recipe) -> tuple[int, ...]:

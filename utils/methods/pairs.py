@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from config.structured_config import DataSection
-from utils.data_formats import Example
+from utils.examples import Example
 from utils.exceptions import DataError, Problem
 from utils.methods.sft import EncodingCounts, fit_row
 from utils.piece_encoder import EncodedExample, cut_trunk
-from utils.row_checks import ProblemLog
+from utils.problem_log import ProblemLog
 from utils.tokenizer_utils import TokenizerUtils
 
 

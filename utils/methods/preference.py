@@ -20,13 +20,13 @@ import numpy.typing as npt
 from config.structured_config import Recipe
 from utils.backends import Backend, PairScores, StepResult
 from utils.batching import pad_rows
+from utils.cache_entries import open_or_build
 from utils.cache_keys import find_forward_versions, hash_code
 from utils.exceptions import TrainingError
 from utils.methods.pairs import choose_partners, mismatch_pair
 from utils.model_source import ModelSource
 from utils.piece_encoder import EncodedExample
 from utils.progress import Progress
-from utils.token_cache import open_or_build
 
 Scores = npt.NDArray[np.float64]
 Pairs = Sequence[EncodedExample]

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from config.structured_config import DataSection
 from utils.batching import Batch, iterate_windows, make_micro_batches
-from utils.data_formats import Example
+from utils.examples import Example
 from utils.exceptions import DataError, Problem
 from utils.piece_encoder import EncodedExample
-from utils.row_checks import ProblemLog
+from utils.problem_log import ProblemLog
 from utils.tokenizer_utils import TokenizerUtils, fit_length
 
 SHOWN_PLACES = 5
