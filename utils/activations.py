@@ -1,8 +1,8 @@
 """What a forward pass leaves in memory for the backward pass, counted from a model's shape.
 
 Every term is a tensor that autograd keeps. They were found with `torch.autograd.graph.saved_tensors_hooks`, and the tests count
-them again on a small model of each family. Two facts are easily overlooked: LoRA on a 16-bit base keeps a float32 copy of the
-input of every adapted module, and dropout on the attention (GPT-2) makes torch keep whole attention matrices on a CPU.
+them again on a small model of each family. Two facts are easily overlooked: DoRA on a 16-bit base keeps a float32 copy of
+the input of every adapted module, and dropout on the attention (GPT-2) makes torch keep whole attention matrices on a CPU.
 """
 
 from __future__ import annotations
@@ -109,9 +109,18 @@ def count_linear_inputs(recipe: Recipe, shape: ModelShape, size: int, device: st
     every = MASTER * sum(linear.inputs for linear in adapted)
     if recipe.lora.dropout > 0:
         return low_rank + 2 * every  # each adapter keeps its own input and the noise
+    if is_fused(recipe):
+        return size * recipe.lora.r * len(adapted) + size * sum(shape_inputs(shape, adapted, device))
     if size == MASTER:
         return low_rank + MASTER * sum(shape_inputs(shape, adapted, device))
     return low_rank + every
+
+
+def is_fused(recipe: Recipe) -> bool:
+    """True where adapters are computed with their base as one operation (backends/torch_lora.py)."""
+    lora = recipe.lora
+    is_plain = lora is not None and lora.dropout == 0 and lora.variant != "dora"
+    return is_plain and recipe.model.quantization == "none"
 
 
 def shape_inputs(shape: ModelShape, linears: list[Linear] | tuple[Linear, ...], device: str) -> list[int]:

@@ -72,21 +72,44 @@ def iterate_windows(count: int, batch_size: int, seed: int, epoch: int) -> Itera
 
 
 def make_micro_batches(
-    examples: Sequence[EncodedExample], micro_batch_size: int, pad_token_id: int, *, pack_length: int | None = None
+    examples: Sequence[EncodedExample],
+    micro_batch_size: int,
+    pad_token_id: int,
+    *,
+    pack_length: int | None = None,
+    evenly: bool = False,
 ) -> list[Batch]:
     """Splits the examples of one optimizer step into forward passes.
 
-    Rows of like length share a micro-batch: the step's gradient is a sum over all its tokens, so the order inside a step
-    changes nothing but the padding.
+    The step's gradient is a sum over all its tokens, so the order inside a step changes nothing but the work.
 
     Args:
         pack_length: with packing, the longest packed row in tokens; None pads instead.
+        evenly: see `group_rows`.
     """
     ordered = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)
     if pack_length is not None:
         return [pack_row(group) for group in group_first_fit(ordered, pack_length)]
-    starts = range(0, len(ordered), micro_batch_size)
-    return [pad_rows(ordered[start : start + micro_batch_size], pad_token_id) for start in starts]
+    groups = group_rows(len(ordered), micro_batch_size, evenly=evenly)
+    return [pad_rows([ordered[index] for index in group], pad_token_id) for group in groups]
+
+
+def group_rows(count: int, size: int, *, evenly: bool) -> list[list[int]]:
+    """Which rows share a forward pass, as indices into rows that are sorted by length, the longest first.
+
+    Args:
+        size: most rows of a pass.
+        evenly: each pass gets long and short rows, to and fro, so that all take about as long: for models that compute no
+            padding. Otherwise rows of like length share a pass, for little padding.
+    """
+    if not evenly or count <= size:
+        return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+    groups: list[list[int]] = [[] for _ in range(-(-count // size))]
+    for start in range(0, count, len(groups)):
+        turn = range(start, min(start + len(groups), count))
+        for group, index in zip(groups if start // len(groups) % 2 == 0 else reversed(groups), turn, strict=False):
+            group.append(index)
+    return groups
 
 
 def pad_rows(examples: Sequence[EncodedExample], pad_token_id: int) -> Batch:

@@ -22,7 +22,7 @@ from utils.exceptions import MachineError
 DeviceName = Literal["cuda", "mps", "cpu"]
 DEVICES: tuple[DeviceName, ...] = ("cuda", "mps", "cpu")
 # Tokens that one forward pass should hold when micro_batch_size is auto.
-TOKEN_BUDGETS = {"cpu": 512, "mps": 2048, "cuda": 16_384}
+TOKEN_BUDGETS = {"cpu": 256, "mps": 2048, "cuda": 16_384}
 MAX_WORKERS = 8  # micro-batches of a step are seldom more
 METAL_SHARE = 0.75  # Metal recommends to use about three quarters of Apple's shared memory
 

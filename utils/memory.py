@@ -11,30 +11,30 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from config.structured_config import Recipe
-from utils.activations import BYTES, MASTER, count_activations, count_adapters, count_layer
+from utils.activations import BYTES, MASTER, count_activations, count_adapters, count_layer, count_whole_ends
 from utils.exceptions import MachineError, Problem
 from utils.machine import Machine, choose_dtype
 from utils.model_shape import ModelShape
 from utils.model_source import ModelSource
 from utils.optimizer_memory import count_optimizer_bytes
-from utils.workload import ForwardPass, Workload, count_training_workers
+from utils.workload import ForwardPass, Workload, expect_flat
 
 # Python with torch, transformers, peft and accelerate imported, and a thousand rows: resident size before the model is loaded.
 LIBRARIES = 430_000_000
 # Kernels, thread pools and Python objects that the first step brings; measured as the growth that no tensor explains.
 FIRST_STEP = 60_000_000
 # glibc keeps freed chunks (the back end asks it to), and an aligned request of the same size does not fit into one. The heap
-# settles above what is alive: at 1.5 to 1.8 times in steps whose micro-batches get shorter, at 1.9 to 2.2 times where equally
-# long ones follow each other (SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B and GPT-2, 100 to 900 tokens a row).
-HEAP_GROWTH, REPEATED_GROWTH = 1.65, 2.0
+# settles above what is alive: at about 1.5 times on rows without padding (SmolLM2-135M on text-to-SQL and GSM8K). With a heap
+# for each thread it was 1.9 to 2.2 times where equally long micro-batches follow each other.
+HEAP_GROWTH, REPEATED_GROWTH = 1.5, 2.0
 # With gradient checkpointing the input that each layer keeps lies between its freed tensors, and the gaps stay: on the embedded
 # model the heap grew by 0.6 of what all layers together would have kept.
 CHECKPOINT_GAPS = 0.6
-# A worker thread's heap holds 64 MiB; glibc maps larger buffers one by one and gives them back when they are freed.
-WORKER_HEAP = 64 << 20
 # Copies of the logits at the start of the backward pass: log-probabilities, their gradient, and the gradient of the logits.
 TRAINING_LOGITS = 12
 EVALUATION_LOGITS = 8  # logits and log-probabilities in float32
+# Logits that are alive at once where the head is frozen and rows are not padded: `CHUNK` of backends/torch_head.py.
+LOGITS_CHUNK = 8_388_608
 QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.516, "fp4": 0.516}  # 4 bits, and an 8-bit scale for each 64 weights
 
 
@@ -72,21 +72,19 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Bytes that come and go while passes run side by side, by the place where glibc puts them.
+    """Bytes that come and go while passes run side by side.
 
     Attributes:
         activations: tensors of the layers.
         logits: tensors of supervised tokens × vocabulary.
         gradients: what trained weights' gradients need beyond the activations that they replace.
-        heap: all of it that lies in a heap, with the gaps.
-        mapped: all of it that is mapped buffer by buffer, and goes back to the system when it is freed.
+        heap: all of it, with the gaps.
     """
 
     activations: int = 0
     logits: int = 0
     gradients: int = 0
     heap: int = 0
-    mapped: int = 0
 
 
 def estimate_memory(
@@ -101,7 +99,7 @@ def estimate_memory(
     base = count_weight_bytes(recipe, shape, size)
     adapters = MASTER * count_adapters(recipe.lora, shape)
     training = measure_training(recipe, shape, machine, workload, size)
-    scoring = measure_scoring(shape, workload, size)
+    scoring = measure_scoring(shape, workload, size, is_chunked=chunks_logits(recipe, shape, machine))
     optimizer = count_optimizer_bytes(recipe, shape)
     on_cuda = machine.device == "cuda"
     fixed = 0 if on_cuda else LIBRARIES + FIRST_STEP
@@ -116,9 +114,9 @@ def estimate_memory(
         return MemoryEstimate(base + adapters + second, *parts, fixed + gaps, phase)
 
     phases = [
-        sum_up("training", training, training.heap + training.mapped),
-        # Held-out rows are scored by threads of their own, whose heaps cannot use what the training threads have freed.
-        sum_up("evaluation", scoring, training.heap + scoring.heap + scoring.mapped),
+        sum_up("training", training, training.heap),
+        # All threads share one heap, so held-out rows are scored in what the training has freed.
+        sum_up("evaluation", scoring, max(training.heap, scoring.heap)),
         MemoryEstimate(base + copied, 0, 0, 0, 0, 0 if on_cuda else LIBRARIES, "loading"),
     ]
     return max(phases, key=lambda estimate: estimate.total)
@@ -128,39 +126,40 @@ def measure_training(recipe: Recipe, shape: ModelShape, machine: Machine, worklo
     """What the micro-batches that run side by side hold when they hold most."""
     passes, embedding = workload.training, MASTER * shape.vocabulary * shape.hidden
     trained = MASTER * (count_adapters(recipe.lora, shape) or shape.parameters)
-    in_threads = count_training_workers(recipe, shape, machine) > 1
     activations = [count_activations(recipe, shape, item, size, machine.device) for item in passes]
-    logits = [TRAINING_LOGITS * item.supervised * shape.vocabulary for item in passes]
-    maps_logits = in_threads and is_mapped(passes, shape)
-    maps_embedding = in_threads and recipe.lora is None and embedding > WORKER_HEAP
+    is_chunked = chunks_logits(recipe, shape, machine)
+    logits = [TRAINING_LOGITS * count_logits(item, shape, is_chunked=is_chunked) for item in passes]
     # Gradients appear layer by layer while activations go, so a pass holds the larger of the two, not both.
-    each = trained - (embedding if maps_embedding else 0)
-    held = [a + (0 if maps_logits else b) for a, b in zip(activations, logits, strict=True)]
-    gradients = sum(max(0, each - live) for live in held)
+    held = [a + b for a, b in zip(activations, logits, strict=True)]
+    gradients = sum(max(0, trained - live) for live in held)
     gradients += trained if workload.micro_batches > len(passes) else 0  # the sum over the micro-batches before
+    # The head and the input embedding each get a gradient, also where they share their weights.
+    if recipe.lora is None and machine.device == "cpu":
+        gradients += embedding * len(passes)
     heap = int((REPEATED_GROWTH if workload.repeated else HEAP_GROWTH) * (sum(held) + gradients))
     if recipe.training.gradient_checkpointing is True:
         layers = (item.tokens * count_layer(recipe, shape, item, size, machine.device) for item in passes)
         heap += int(CHECKPOINT_GAPS * shape.layers * sum(layers))
-    # The head and the input embedding each get a gradient, also where they share their weights.
-    mapped = (sum(logits) if maps_logits else 0) + (2 * embedding * len(passes) if maps_embedding else 0)
-    gradients += 2 * embedding * len(passes) if maps_embedding else 0
-    return Buffers(sum(activations), sum(logits), gradients, heap, mapped)
+    return Buffers(sum(activations), sum(logits), gradients, heap)
 
 
-def measure_scoring(shape: ModelShape, workload: Workload, size: int) -> Buffers:
+def measure_scoring(shape: ModelShape, workload: Workload, size: int, *, is_chunked: bool) -> Buffers:
     """What the batches of held-out rows that are scored side by side hold: no layer keeps anything."""
     passes = workload.evaluation
     activations = sum(item.tokens * size * (4 * shape.hidden + 3 * shape.intermediate) for item in passes)
-    logits = sum(EVALUATION_LOGITS * item.supervised * shape.vocabulary for item in passes)
-    maps_logits = is_mapped(passes, shape)
-    heap = int(HEAP_GROWTH * (activations + (0 if maps_logits else logits)))
-    return Buffers(activations, logits, 0, heap, logits if maps_logits else 0)
+    logits = sum(EVALUATION_LOGITS * count_logits(item, shape, is_chunked=is_chunked) for item in passes)
+    return Buffers(activations, logits, 0, int(HEAP_GROWTH * (activations + logits)))
 
 
-def is_mapped(passes: tuple[ForwardPass, ...], shape: ModelShape) -> bool:
-    """True if the logits of a pass do not fit into a worker thread's heap."""
-    return any(MASTER * item.supervised * shape.vocabulary > WORKER_HEAP for item in passes)
+def chunks_logits(recipe: Recipe, shape: ModelShape, machine: Machine) -> bool:
+    """True where the logits of a pass are formed a few rows at a time: a frozen head, on rows without padding."""
+    return recipe.lora is not None and count_whole_ends(recipe.lora, shape) == 0 and expect_flat(recipe, shape, machine)
+
+
+def count_logits(item: ForwardPass, shape: ModelShape, *, is_chunked: bool) -> int:
+    """Logits of a pass that are alive at once."""
+    whole = item.supervised * shape.vocabulary
+    return min(whole, max(LOGITS_CHUNK, shape.vocabulary)) if is_chunked else whole
 
 
 def count_weight_bytes(recipe: Recipe, shape: ModelShape, size: int) -> int:

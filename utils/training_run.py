@@ -56,9 +56,11 @@ def choose_micro_batch_size(loaded: LoadedRecipe, preflight: Preflight, machine:
     training = loaded.recipe.training
     if training.micro_batch_size != "auto" or training.packing:
         return loaded
-    longest = int(preflight.data.train.lengths.max())
-    size = workload.choose_micro_batch_size(training.batch_size, longest, machine.workers, machine.token_budget)
-    reason = f"{machine.workers} worker(s), {machine.token_budget} tokens a forward pass, longest example {longest}"
+    lengths = preflight.data.train.lengths
+    row = workload.find_usual_length(lengths, runs_flat=machine.runs_flat)
+    size = workload.choose_micro_batch_size(training.batch_size, row, machine.workers, machine.token_budget)
+    name = "mean" if machine.runs_flat else "longest"
+    reason = f"{machine.workers} worker(s), {machine.token_budget} tokens a forward pass, {name} example {row}"
     get_logger().info("training.micro_batch_size: %d (%s)", size, reason)
     return loaded.with_automatic_value("training.micro_batch_size", size, reason)
 
@@ -111,6 +113,7 @@ def make_parts(run: PreparedRun, tracker: Tracker) -> LoopParts:
         pad_token_id=tokenizer.pad_token_id,
         pack_length=recipe.data.max_length if recipe.training.packing else None,
         seed=recipe.seed,
+        evenly=run.backend.describe_machine(run.model).runs_flat,
     )
 
     def save_weights(target: Path) -> None:

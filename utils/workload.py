@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from config.structured_config import Recipe
-from utils.batching import iterate_windows
+from utils.batching import group_rows, iterate_windows
 from utils.machine import Machine
 from utils.model_shape import ModelShape
 
@@ -62,19 +62,35 @@ class Workload:
     evaluation: tuple[ForwardPass, ...]
 
 
-def choose_micro_batch_size(batch_size: int, longest: int, workers: int, token_budget: int) -> int:
+def choose_micro_batch_size(batch_size: int, row: int, workers: int, token_budget: int) -> int:
     """What `micro_batch_size: auto` becomes: every worker gets a share of the step, within a token budget for a forward pass.
 
     Args:
-        longest: tokens of the longest training example.
+        row: tokens that a row of a forward pass takes (`find_usual_length`).
     """
-    return max(1, min(-(-batch_size // workers), token_budget // longest))
+    return max(1, min(-(-batch_size // workers), token_budget // row))
+
+
+def find_usual_length(lengths: Lengths, *, runs_flat: bool) -> int:
+    """Tokens that a row takes: those of the longest, to which others would be padded; without padding those of the mean."""
+    return int(np.ceil(lengths.mean()) if runs_flat else lengths.max())
+
+
+def expect_flat(recipe: Recipe, shape: ModelShape, machine: Machine) -> bool:
+    """True where the torch back end will compute no padding, as far as one can tell without the weights."""
+    is_fused = not shape.anatomy.plain_attention
+    return machine.device == "cpu" and is_fused and not recipe.reward and not draws_numbers(recipe, shape)
 
 
 def count_training_workers(recipe: Recipe, shape: ModelShape, machine: Machine) -> int:
     """Micro-batches side by side in training: one where random numbers are drawn, as the torch back end has it."""
-    draws = recipe.training.neftune_alpha is not None or shape.has_dropout or (recipe.lora and recipe.lora.dropout > 0)
-    return 1 if draws else machine.workers
+    return 1 if draws_numbers(recipe, shape) else machine.workers
+
+
+def draws_numbers(recipe: Recipe, shape: ModelShape) -> bool:
+    """True if a training pass draws random numbers."""
+    dropout = 0.0 if recipe.lora is None else recipe.lora.dropout
+    return recipe.training.neftune_alpha is not None or shape.has_dropout or dropout > 0
 
 
 def count_scored_rows(recipe: Recipe) -> int:
@@ -111,9 +127,10 @@ def plan_workload(
     lengths, supervised = train
     training = recipe.training
     workers = count_training_workers(recipe, shape, machine)
-    size = training.micro_batch_size
+    size, is_flat = training.micro_batch_size, expect_flat(recipe, shape, machine)
     if not isinstance(size, int):
-        size = choose_micro_batch_size(training.batch_size, int(lengths.max()), machine.workers, machine.token_budget)
+        row = find_usual_length(lengths, runs_flat=is_flat)
+        size = choose_micro_batch_size(training.batch_size, row, machine.workers, machine.token_budget)
     worst: tuple[float, Workload | None] = (-1.0, None)
     epochs = 1 if training.max_steps else max(1, round(training.epochs))
     windows = (
@@ -123,11 +140,11 @@ def plan_workload(
         if training.packing:
             passes = pack_passes(lengths[window], supervised[window], recipe.data.max_length)
         else:
-            passes = cut_passes(lengths[window], supervised[window], size)
+            passes = cut_passes(lengths[window], supervised[window], size, is_flat=is_flat, evenly=is_flat)
         cost = sum(weigh(item, shape) for item in passes[:workers])
         if cost > worst[0]:
             worst = cost, Workload(tuple(passes[:workers]), len(passes), repeats_itself(passes, workers), ())
-    evaluation = cut_passes(*held_out, count_scored_rows(recipe))[: machine.workers]
+    evaluation = cut_passes(*held_out, count_scored_rows(recipe), is_flat=is_flat)[: machine.workers]
     assert worst[1] is not None
     return replace(worst[1], evaluation=tuple(evaluation))
 
@@ -143,19 +160,23 @@ def weigh(item: ForwardPass, shape: ModelShape) -> float:
     return item.tokens * token + 3 * item.supervised * shape.vocabulary
 
 
-def cut_passes(lengths: Lengths, supervised: Lengths, size: int) -> list[ForwardPass]:
-    """Cuts examples into padded passes of `size` rows, the longest ones first, as `make_micro_batches` does."""
+def cut_passes(
+    lengths: Lengths, supervised: Lengths, size: int, *, is_flat: bool = False, evenly: bool = False
+) -> list[ForwardPass]:
+    """Cuts examples into passes of `size` rows as `make_micro_batches` does, the largest first; without padding a pass is one
+    long row."""
     order = np.argsort(-lengths, kind="stable")
-    groups = [order[start : start + size] for start in range(0, len(order), size)]
-    return [
+    groups = [order[group] for group in group_rows(len(order), size, evenly=evenly)]
+    passes = [
         ForwardPass(
-            rows=len(group),
-            length=int(lengths[group[0]]),
+            rows=1 if is_flat else len(group),
+            length=int(lengths[group].sum() if is_flat else lengths[group[0]]),
             supervised=int(supervised[group].sum()),
-            masked=bool(lengths[group[0]] != lengths[group[-1]]),
+            masked=not is_flat and bool(lengths[group[0]] != lengths[group[-1]]),
         )
         for group in groups
     ]
+    return sorted(passes, key=lambda item: item.tokens, reverse=True)
 
 
 def pack_passes(lengths: Lengths, supervised: Lengths, pack_length: int) -> list[ForwardPass]:

@@ -234,13 +234,24 @@ def test_an_answer_without_a_finite_log_probability_is_refused_with_its_row(fold
         Scorer(cast(Backend, torch_backend), model, 2, PAD).score(make_pairs(SHAPES), "Scores")
 
 
-@pytest.mark.parametrize("name", SHARING)
+def pad(model: TorchModel) -> TorchModel:
+    """The model as accelerators run it: rows with padding, and transformers' own attention."""
+    network: Any = model.network
+    network.get_base_model().set_attn_implementation("sdpa")
+    return replace(model, runs_flat=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_flat"), [*((name, False) for name in SHARING), *((name, True) for name in (*SHARING, *UNROLLED))]
+)
 def test_a_shared_prompt_gives_the_log_probabilities_and_gradients_of_two_plain_rows(
-    folders: dict[str, Path], name: str
+    folders: dict[str, Path], name: str, is_flat: bool
 ) -> None:
     recipe = make_recipe(folders[name])
     model = load(folders[name], recipe)
-    assert shares_prompts(model.network)
+    if not is_flat:
+        model = pad(model)
+        assert shares_prompts(model.network)
     tree = pad_rows(make_pairs(SHAPES), PAD)
     rows = unroll_pairs(tree)
     assert tree.tokens < rows.tokens
@@ -248,7 +259,7 @@ def test_a_shared_prompt_gives_the_log_probabilities_and_gradients_of_two_plain_
     weights = torch.linspace(-1, 1, 2 * len(SHAPES)).view(-1, 2)
 
     shared = compute_pair_log_probs(model, tree)
-    losses = torch_backend.compute_token_losses(model, rows)
+    losses = torch_backend.compute_token_losses(replace(model, runs_flat=False), rows)
     plain = -torch.stack([part.sum() for part in losses.split(rows.loss_mask.sum(axis=1).tolist())]).view(-1, 2)
     torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
     gradients = [torch.autograd.grad((each * weights).sum(), parameters) for each in (shared, plain)]
@@ -260,7 +271,7 @@ def test_a_shared_prompt_gives_the_log_probabilities_and_gradients_of_two_plain_
 @pytest.mark.parametrize("name", UNROLLED)
 def test_a_model_with_a_window_sees_two_plain_rows(folders: dict[str, Path], name: str) -> None:
     # Windows of 8 tokens count columns: in a shared row the rejected answer would see less of its prompt.
-    model = load(folders[name], make_recipe(folders[name]))
+    model = pad(load(folders[name], make_recipe(folders[name])))
     assert not shares_prompts(model.network)
     lengths = []
     handle = model.network.get_input_embeddings().register_forward_pre_hook(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from config.structured_config import LoraSection, Recipe
 from tests.utils.test_model_shape import MODEL_TYPES, build_empty, make_config
 from utils.activations import count_activations, count_adapters
+from utils.backends.torch_lora import FUSED_MODULES
 from utils.model_shape import ModelShape, read_shape
 from utils.workload import ForwardPass
 
@@ -43,7 +44,9 @@ def count_saved_bytes(model_type: str, lora: LoraSection | None, dtype: torch.dt
     config = make_config(model_type)
     network = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(dtype)
     if lora:
-        network = get_peft_model(network, lora.to_peft_config())
+        config = lora.to_peft_config()
+        config._register_custom_module(FUSED_MODULES)
+        network = get_peft_model(network, config)
     network.train()
     known = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
     saved: dict[int, int] = {}

@@ -67,15 +67,9 @@ def test_the_worst_step_is_one_that_training_takes(size: int) -> None:
     steps = []
     for epoch in range(2):
         for window in iterate_windows(50, 4, recipe.seed, epoch):
-            batches = make_micro_batches([train[index] for index in window], size, 0)
-            steps.append(
-                tuple(
-                    ForwardPass(
-                        *batch.input_ids.shape, batch.supervised_tokens, masked=batch.attention_mask is not None
-                    )
-                    for batch in batches
-                )
-            )
+            batches = make_micro_batches([train[index] for index in window], size, 0, evenly=True)
+            passes = [ForwardPass(1, batch.tokens, batch.supervised_tokens, masked=False) for batch in batches]
+            steps.append(tuple(sorted(passes, key=lambda item: item.tokens, reverse=True)))
     assert workload.training in [step[:2] for step in steps]
     assert (
         sum(item.tokens for item in workload.training)
@@ -84,9 +78,17 @@ def test_the_worst_step_is_one_that_training_takes(size: int) -> None:
     assert workload.micro_batches == -(-4 // size)
     assert not workload.repeated
     scored = make_micro_batches(held_out, recipe.evaluation.batch_size, 0)[:2]
-    assert [(item.rows, item.length, item.supervised) for item in workload.evaluation] == [
-        (*batch.input_ids.shape, batch.supervised_tokens) for batch in scored
+    assert [(item.tokens, item.supervised) for item in workload.evaluation] == [
+        (batch.tokens, batch.supervised_tokens) for batch in scored
     ]
+
+
+def test_padding_counts_where_random_numbers_are_drawn() -> None:
+    recipe, train = make_recipe(micro_batch_size=2, neftune_alpha=5.0), make_examples(4)
+    workload = plan_workload(recipe, find_shape(), MACHINE, measure(train), measure([]))
+    batches = make_micro_batches(train, 2, 0)
+    assert workload.training == (ForwardPass(*batches[0].input_ids.shape, batches[0].supervised_tokens, masked=True),)
+    assert workload.micro_batches == len(batches)
 
 
 def test_a_long_row_that_appears_once_is_found() -> None:
@@ -94,7 +96,7 @@ def test_a_long_row_that_appears_once_is_found() -> None:
     lengths[777] = 128
     nothing = np.zeros(0, dtype=np.int64)
     workload = plan_workload(make_recipe(), find_shape(), MACHINE, (lengths, lengths - 1), (nothing, nothing))
-    assert workload.training[0].length == 128
+    assert workload.training[0].length == 128 + 10
     assert workload.evaluation == ()
 
 
@@ -116,8 +118,8 @@ def test_equal_rows_repeat_the_longest_pass() -> None:
 
 def test_without_rows_the_most_that_the_recipe_allows_is_assumed() -> None:
     workload = assume_workload(make_recipe(), find_shape(), MACHINE)
-    assert workload.training == (ForwardPass(2, 128, 254, masked=False),) * 2
-    assert workload.evaluation == (ForwardPass(16, 128, 16 * 127, masked=False),) * 2
+    assert workload.training == (ForwardPass(1, 256, 254, masked=False),) * 2
+    assert workload.evaluation == (ForwardPass(1, 16 * 128, 16 * 127, masked=False),) * 2
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ class MachineFacts:
         workers: micro-batches that run side by side.
         reasons: what was chosen automatically, and why.
         quantization: how the frozen weights are stored, as in the recipe.
+        runs_flat: forward passes compute no padding, so rows of any lengths may share one.
     """
 
     device: str
@@ -99,6 +100,7 @@ class MachineFacts:
     workers: int
     reasons: tuple[str, ...]
     quantization: str = "none"
+    runs_flat: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from config.structured_config import LoraSection, Recipe
+from utils.backends.torch_lora import FUSED_MODULES
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_rewards import HEAD, split_network
 from utils.device_manager import MachinePlan
@@ -42,6 +43,8 @@ def attach_lora(model: TorchModel, recipe: Recipe) -> TorchModel:
         get_logger().info("The reward head is new, and starts at zero")
     config = recipe.lora.to_peft_config("SEQ_CLS" if model.is_reward else "CAUSAL_LM")
     config.fan_in_fan_out = stands_transposed(model.network, config)
+    if model.quantization == "none":
+        config._register_custom_module(FUSED_MODULES)
     whole_modules = choose_whole_modules(model, config, recipe.lora)
     choose_token_rows(model, config)
     network = wrap_network(model.network, config)

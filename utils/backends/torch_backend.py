@@ -26,6 +26,7 @@ from utils.backends.torch_adapter_files import save_weights as save_weights
 from utils.backends.torch_adapters import attach_lora as attach_lora
 from utils.backends.torch_generation import generate as generate
 from utils.backends.torch_generation import stream as stream
+from utils.backends.torch_layout import choose_layout
 from utils.backends.torch_losses import compute_token_losses
 from utils.backends.torch_model import TorchModel, run_side_by_side
 from utils.backends.torch_preference import compare_pairs as compare_pairs
@@ -68,7 +69,8 @@ def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     is_reward = recipe.reward is not None
-    return TorchModel(network, plan, accelerator, source.public_name, recipe.model.quantization, added_ids, is_reward)
+    model = TorchModel(network, plan, accelerator, source.public_name, recipe.model.quantization, added_ids, is_reward)
+    return choose_layout(model, recipe)
 
 
 def read_network(source: ModelSource, recipe: Recipe, plan: MachinePlan, device: str) -> nn.Module:
@@ -139,6 +141,7 @@ def describe_machine(model: TorchModel) -> MachineFacts:
         workers=plan.workers,
         reasons=plan.reasons,
         quantization=model.quantization,
+        runs_flat=model.runs_flat,
     )
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 
 from config.structured_config import DpoSection, KtoSection, OrpoSection, RewardSection
+from utils.backends.torch_head import compute_losses, find_head
 from utils.backends.torch_model import TorchModel
 from utils.batching import Batch, count_answer_tokens, unroll_pairs
+from utils.flat_batches import flatten
 
 # Architectures that take positions and a mask for each row as they are given (tests/backends/test_torch_preference.py).
 TREE_MODELS = ("gpt2", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
@@ -49,12 +53,36 @@ def compute_token_losses(model: TorchModel, batch: Batch) -> torch.Tensor:
     Returns:
         float32 nats, shape (supervised_tokens,).
     """
+    if model.runs_flat:
+        return compute_flat_losses(model, batch)
     seen, inputs = place_batch(model, batch)
     loss_mask = torch.from_numpy(seen.loss_mask).to(model.accelerator.device)
     predicts_next = torch.zeros_like(loss_mask)
     predicts_next[:, :-1] = loss_mask[:, 1:]
     logits = model.network(**inputs, logits_to_keep=predicts_next, use_cache=False).logits
     return functional.cross_entropy(logits.float(), inputs["input_ids"][loss_mask], reduction="none")
+
+
+def compute_flat_losses(model: TorchModel, batch: Batch) -> torch.Tensor:
+    """What `compute_token_losses` returns, without computing padding, nor twice what the rows begin with together."""
+    device = model.accelerator.device
+    flat = flatten(batch)
+    sources, targets = (torch.from_numpy(ids).to(device) for ids in (flat.sources, flat.targets))
+    inputs: dict[str, Any] = {
+        "input_ids": torch.from_numpy(flat.input_ids)[None].to(device),
+        "position_ids": torch.from_numpy(flat.position_ids)[None].to(device),
+        "attention_mask": torch.empty(1, 1, 1, 1, device=device),  # of four dimensions, so that transformers makes none
+        "spans": flat.spans,
+        "use_cache": False,
+    }
+    network: Any = model.network
+    whole = network.get_base_model() if isinstance(network, PeftModel) else network
+    head = find_head(whole)
+    if head is None:
+        logits = network(**inputs, logits_to_keep=sources).logits[0]
+        return functional.cross_entropy(logits.float(), targets, reduction="none")
+    hidden = whole.base_model(**inputs).last_hidden_state[0, sources]
+    return compute_losses(hidden, targets, head)
 
 
 def place_batch(model: TorchModel, batch: Batch) -> tuple[Batch, dict[str, torch.Tensor]]:

@@ -25,6 +25,7 @@ class TorchModel:
         quantization: how the frozen base is stored, as in the recipe.
         added_ids: tokens that the base does not have, and whose rows were made when it was loaded.
         is_reward: the network ends in one number, a reward model.
+        runs_flat: forward passes for losses take flat batches.
         started_from: what PiSSA has taken out of the base, by name in a saved adapter; empty for all other variants.
     """
 
@@ -35,6 +36,7 @@ class TorchModel:
     quantization: str = "none"
     added_ids: tuple[int, ...] = ()
     is_reward: bool = False
+    runs_flat: bool = False
     started_from: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 

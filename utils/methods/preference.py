@@ -34,8 +34,13 @@ FILE = "reference.f64"
 # A reference of this code; other code may round otherwise.
 CODE = (
     "batching.py",
+    "flat_batches.py",
     "methods/pairs.py",
     "methods/preference.py",
+    "backends/torch_attention.py",
+    "backends/torch_head.py",
+    "backends/torch_layout.py",
+    "backends/torch_lora.py",
     "backends/torch_losses.py",
     "backends/torch_preference.py",
 )

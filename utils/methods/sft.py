@@ -99,6 +99,7 @@ class SftBatches:
         pad_token_id: fills short rows.
         pack_length: tokens of a packed row, or None for padding.
         seed: of the order.
+        evenly: forward passes of a step take about as long as each other, whatever their rows' lengths (`group_rows`).
     """
 
     examples: Sequence[EncodedExample]
@@ -107,6 +108,7 @@ class SftBatches:
     pad_token_id: int
     pack_length: int | None
     seed: int
+    evenly: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -117,7 +119,9 @@ class SftBatches:
         """Yields the micro-batches of each optimizer step, in this epoch's order."""
         for window in iterate_windows(len(self.examples), self.batch_size, self.seed, epoch):
             chosen = [self.examples[index] for index in window]
-            yield make_micro_batches(chosen, self.micro_batch_size, self.pad_token_id, pack_length=self.pack_length)
+            yield make_micro_batches(
+                chosen, self.micro_batch_size, self.pad_token_id, pack_length=self.pack_length, evenly=self.evenly
+            )
 
 
 def make_evaluation_batches(examples: Sequence[EncodedExample], batch_size: int, pad_token_id: int) -> list[Batch]:

@@ -1,0 +1,196 @@
+"""The quick path against the plain one: flat batches, the chunked head, and LoRA as one operation, on every family."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from config.structured_config import LoraSection, Recipe
+from tests.backends.test_families import CONFIGS, OTHERS, open_source
+from utils.backends import torch_backend, torch_head
+from utils.backends.torch_head import Head, compute_losses, find_head
+from utils.backends.torch_lora import FusedLinear
+from utils.backends.torch_losses import compute_token_losses
+from utils.backends.torch_model import TorchModel
+from utils.batching import Batch, pad_rows
+from utils.piece_encoder import EncodedExample
+
+pytestmark = pytest.mark.slow
+# transformers computes their attention in plain operations, so their rows stay padded.
+PADDED = {"gpt_neo", "gptj", "gemma2"}
+HEADS = {"gemma2": "a soft cap", "gemma3_text": "a soft cap", "cohere": "a scale", "granite": "a scale"}
+
+
+def load(name: str, folder: Path, lora: dict[str, Any] | None = None) -> tuple[TorchModel, Recipe]:
+    """A small model of an architecture, trainable; B of each adapter is random, for at 0 half of the gradients are."""
+    torch.manual_seed(0)
+    config = {**CONFIGS, **OTHERS}[name]
+    if name == "granite":
+        config.logits_scaling = 3.0
+    AutoModelForCausalLM.from_config(config).save_pretrained(str(folder))
+    recipe = Recipe(
+        model={"name": str(folder), "dtype": "float32"},
+        data={"train": "unused"},
+        lora={"r": 4, "alpha": 8} if lora is None else lora or None,
+        training={"method": "sft"},
+    )
+    model = torch_backend.attach_lora(torch_backend.load_model(open_source(folder), recipe), recipe)
+    for parameter_name, parameter in model.network.named_parameters():
+        if "lora_B" in parameter_name:
+            nn.init.normal_(parameter, std=0.1)
+    return model, recipe
+
+
+def make_batch() -> Batch:
+    """Rows that begin alike, longer than the window of the architectures that have one."""
+    random = np.random.default_rng(0)
+    beginning = random.integers(3, 300, 12)
+    rows = []
+    for length, learned in ((24, 9), (7, 6), (15, 3)):
+        ids = np.concatenate([beginning, random.integers(3, 300, length)])
+        rows.append(EncodedExample(ids, np.arange(len(ids)) >= len(ids) - learned, "rows:1"))
+    return pad_rows(rows, 0)
+
+
+def differentiate(model: TorchModel, batch: Batch, weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Token losses, and gradients of a sum in which each of them counts differently."""
+    model.network.train()
+    losses = compute_token_losses(model, batch)
+    named = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
+    return losses.detach(), dict(zip(named, torch.autograd.grad((losses * weights).sum(), named.values()), strict=True))
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["adapters", "all weights"])
+@pytest.mark.parametrize("name", sorted([*CONFIGS, "cohere", "granite", "mixtral", "qwen3_moe"]))
+def test_losses_and_gradients_are_those_of_padded_rows(name: str, everything: bool, tmp_path: Path) -> None:
+    model, _ = load(name, tmp_path, {} if everything else None)
+    assert model.runs_flat == (name not in PADDED)
+    batch = make_batch()
+    weights = torch.rand(batch.supervised_tokens) - 0.3
+    losses, gradients = differentiate(model, batch, weights)
+    expected, plain = differentiate(replace(model, runs_flat=False), batch, weights)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+    for parameter_name, gradient in plain.items():
+        torch.testing.assert_close(gradients[parameter_name], gradient, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+def test_a_neighbour_in_the_same_pass_moves_no_loss(name: str, tmp_path: Path) -> None:
+    model, _ = load(name, tmp_path)
+    batch = make_batch()
+    losses = compute_token_losses(model, batch)
+    changed = batch.input_ids.copy()
+    changed[0, 12:] = 7
+    others = compute_token_losses(model, replace(batch, input_ids=changed))
+    assert torch.equal(losses[9:], others[9:])
+    assert not torch.allclose(losses[:9], others[:9])
+
+
+@pytest.mark.parametrize("chunk", [1, 300 * 4, 10**9], ids=["a row at a time", "4 rows", "all at once"])
+@pytest.mark.parametrize("name", ["llama", "gptj", *HEADS])
+def test_the_chunked_head_gives_the_models_own_losses(
+    name: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_head, "CHUNK", chunk)
+    model, _ = load(name, tmp_path)
+    whole: Any = model.network.get_base_model()
+    head = find_head(whole)
+    assert head is not None
+    assert (head.scale != 1.0 or head.softcap is not None) == (name in HEADS)
+    ids = torch.randint(3, 300, (1, 23))
+    hidden = whole.base_model(input_ids=ids).last_hidden_state[0].detach().requires_grad_()
+    logits = whole(input_ids=ids).logits[0]
+    targets = torch.randint(0, 300, (23,))
+    losses = compute_losses(hidden, targets, head)
+    torch.testing.assert_close(
+        losses, functional.cross_entropy(logits, targets, reduction="none"), rtol=1e-4, atol=1e-5
+    )
+    weights = torch.rand(23) - 0.3
+    (ours,) = torch.autograd.grad((losses * weights).sum(), hidden)
+    plain = functional.cross_entropy(head.compute(hidden).float(), targets, reduction="none")
+    (theirs,) = torch.autograd.grad((plain * weights).sum(), hidden)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_far_below_the_likeliest_token_stays_exact() -> None:
+    # Taken from the probability, which is 0 here, it would be infinite.
+    head = Head(torch.tensor([[400.0], [0.0]]))
+    hidden = torch.ones(1, 1, requires_grad=True)
+    losses = compute_losses(hidden, torch.tensor([1]), head)
+    assert losses.tolist() == [400.0]
+    losses.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.tolist() == [[400.0]]
+
+
+@pytest.mark.parametrize("lora", [{}, {"r": 4, "alpha": 8, "modules_to_save": ["lm_head"]}], ids=["trained", "saved"])
+def test_a_head_that_is_trained_is_left_to_autograd(lora: dict[str, Any], tmp_path: Path) -> None:
+    model, _ = load("llama", tmp_path, lora)
+    network: Any = model.network
+    assert find_head(network.get_base_model() if lora else network) is None
+    _, gradients = differentiate(model, make_batch(), torch.ones(18))
+    assert any("lm_head" in name and gradient.abs().max() > 0 for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "dropout"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_lora_as_one_operation_equals_pefts(variant: str, biased: bool, dtype: torch.dtype) -> None:
+    changes = {"dropout": 0.5} if variant == "dropout" else {"variant": variant}
+    config = LoraSection.model_validate({"r": 4, "alpha": 8, "target_modules": ["0"], **changes}).to_peft_config()
+    config.task_type = None
+    networks: list[nn.Module] = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        config._custom_modules = {nn.Linear: FusedLinear} if fused else None
+        network = get_peft_model(nn.Sequential(nn.Linear(24, 40, bias=biased)).to(dtype), config)
+        nn.init.normal_(next(p for name, p in network.named_parameters() if "lora_B" in name))
+        networks.append(network)
+    plain, ours = networks
+    assert any(type(module) is FusedLinear for module in ours.modules())
+    results = []
+    for network in (plain, ours):
+        torch.manual_seed(1)
+        x = torch.randn(2, 5, 24).to(dtype).requires_grad_()
+        output = network(x)
+        output.float().square().sum().backward()
+        named = {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+        results.append((output, x.grad, *named.values()))
+    tolerance = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
+    for mine, theirs in zip(results[1], results[0], strict=True):
+        assert mine is not None
+        assert theirs is not None
+        assert mine.dtype == theirs.dtype
+        largest = float(theirs.abs().max())
+        torch.testing.assert_close(mine / largest, theirs / largest, **tolerance)
+
+
+def test_an_adapter_that_is_switched_off_changes_nothing(tmp_path: Path) -> None:
+    model, _ = load("llama", tmp_path)
+    network: Any = model.network
+    batch = make_batch()
+    with torch.no_grad(), network.disable_adapter():
+        off = compute_token_losses(model, batch)
+    merged = network.merge_and_unload()
+    with torch.no_grad():
+        on = compute_token_losses(replace(model, network=merged), batch)
+    assert not torch.allclose(off, on)
+
+
+@pytest.mark.parametrize("changes", [{"training": {"neftune_alpha": 5.0}}, {"lora": {"dropout": 0.1}}], ids=str)
+def test_runs_that_draw_random_numbers_keep_their_padding(changes: dict[str, Any], tmp_path: Path) -> None:
+    _, recipe = load("llama", tmp_path)
+    values = recipe.model_dump(mode="python", exclude_none=True)
+    values["training"] = {"method": "sft", **changes.get("training", {})}
+    values["lora"] = {"r": 4, **changes.get("lora", {})}
+    changed = Recipe.model_validate({key: values[key] for key in ("model", "data", "lora", "training")})
+    assert not torch_backend.load_model(open_source(tmp_path), changed).runs_flat

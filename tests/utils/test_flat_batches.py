@@ -1,0 +1,105 @@
+"""Batches without padding: every learned token is predicted once, and the span of each token names exactly what it may see."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from utils.batching import Batch, pack_row, pad_rows
+from utils.flat_batches import FlatBatch, flatten
+from utils.piece_encoder import EncodedExample
+
+SYSTEM = list(range(100, 112))
+
+
+def make_row(start: int, length: int, learned: int, beginning: list[int] | None = None) -> EncodedExample:
+    """Ids that count upwards behind a beginning; the last ones are learned."""
+    ids = np.array([*(beginning or []), *range(start, start + length)], dtype=np.int64)
+    return EncodedExample(ids, np.arange(len(ids)) >= len(ids) - learned, "rows:1")
+
+
+def make_pair(start: int, beginning: list[int]) -> EncodedExample:
+    """A stem, and two branches that begin with a copy of the prompt's last token."""
+    trunk = [*beginning, start, start + 1]
+    chosen, rejected = [start + 2, 500, 501], [start + 2, 600]
+    ids = np.array([*trunk, *chosen, *rejected], dtype=np.int64)
+    mask = np.zeros(len(ids), dtype=bool)
+    mask[len(trunk) + 1 : len(trunk) + 3] = mask[-1] = True
+    return EncodedExample(ids, mask, "rows:1", branch_starts=(len(trunk), len(trunk) + 3))
+
+
+def list_contexts(flat: FlatBatch) -> list[tuple[tuple[int, ...], int]]:
+    """What each learned token is predicted from, and the token itself; positions must count the context."""
+    contexts = []
+    for source, target in zip(flat.sources.tolist(), flat.targets.tolist(), strict=True):
+        (span,) = [span for span in flat.spans if span.start <= source < span.end]
+        seen = [index for start, end in span.before for index in range(start, end)]
+        seen += range(span.start, source + 1)
+        assert flat.position_ids[seen].tolist() == list(range(len(seen)))
+        contexts.append((tuple(flat.input_ids[seen].tolist()), target))
+    return contexts
+
+
+def expect_contexts(rows: list[EncodedExample]) -> list[tuple[tuple[int, ...], int]]:
+    """The same, written down from the rows alone."""
+    return [
+        (tuple(row.input_ids[:index].tolist()), int(row.input_ids[index]))
+        for row in rows
+        for index in np.flatnonzero(row.loss_mask).tolist()
+    ]
+
+
+@pytest.mark.parametrize("beginning", [[], SYSTEM], ids=["nothing shared", "a shared system turn"])
+def test_each_learned_token_is_predicted_from_its_own_row_alone(beginning: list[int]) -> None:
+    rows = [make_row(1, 9, 4, beginning), make_row(30, 3, 1, beginning), make_row(60, 6, 5, beginning)]
+    for batch in (pad_rows(rows, 0), pack_row(rows)):
+        flat = flatten(batch)
+        assert list_contexts(flat) == expect_contexts(rows)
+        assert len(flat.input_ids) == 18 + len(beginning)
+
+
+def test_spans_cover_all_tokens_once_and_in_order() -> None:
+    flat = flatten(pad_rows([make_row(1, 9, 4, SYSTEM), make_row(30, 3, 1, SYSTEM)], 0))
+    ends = [0, *(span.end for span in flat.spans)]
+    assert [span.start for span in flat.spans] == ends[:-1]
+    assert ends[-1] == len(flat.input_ids) == len(flat.position_ids)
+
+
+def test_the_answers_of_a_pair_share_its_prompt_and_pairs_share_their_system_turn() -> None:
+    pairs = [make_pair(1, SYSTEM), make_pair(40, SYSTEM)]
+    flat = flatten(pad_rows(pairs, 0))
+    expected = []
+    for start in (1, 40):
+        prompt = (*SYSTEM, start, start + 1, start + 2)
+        expected += [(prompt, 500), ((*prompt, 500), 501), (prompt, 600)]
+    assert list_contexts(flat) == expected
+    assert len(flat.input_ids) == len(SYSTEM) + 2 * (2 + 3 + 2)
+
+
+def test_a_missing_answer_of_a_labelled_row_has_no_span() -> None:
+    ids = np.array([1, 2, 3, 7, 8], dtype=np.int64)
+    mask = np.array([0, 0, 0, 0, 1], dtype=bool)
+    flat = flatten(pad_rows([EncodedExample(ids, mask, "rows:1", branch_starts=(3, 3))], 0))
+    assert list_contexts(flat) == [((1, 2, 3, 7), 8)]
+    assert [(span.start, span.end) for span in flat.spans] == [(0, 3), (3, 5)]
+
+
+def test_nothing_that_is_learned_is_shared() -> None:
+    rows = [make_row(1, 6, 17, SYSTEM), make_row(1, 8, 19, SYSTEM)]  # the first learned token is the second one of all
+    flat = flatten(pad_rows(rows, 0))
+    assert list_contexts(flat) == expect_contexts(rows)
+    assert all(not span.before for span in flat.spans)
+
+
+def test_the_same_row_twice_is_learned_twice() -> None:
+    rows = [make_row(1, 6, 2, SYSTEM)] * 2
+    flat = flatten(pad_rows(rows, 0))
+    assert list_contexts(flat) == expect_contexts(rows)
+    assert len(flat.input_ids) < 2 * len(rows[0].input_ids)
+
+
+def test_a_single_row_stays_as_it_is() -> None:
+    batch: Batch = pad_rows([make_row(1, 9, 4)], 0)
+    flat = flatten(batch)
+    assert flat.input_ids.tolist() == batch.input_ids[0].tolist()
+    assert len(flat.spans) == 1
