@@ -18,6 +18,7 @@ from config.structured_config import GenerationSection, Recipe
 from tests.backends.test_families import CONFIGS, OTHERS, SHAPE
 from utils.backends import GenerationSettings, torch_backend
 from utils.backends.torch_decoding import SLOT_MODELS, count_common, limit_rows, uses_slots
+from utils.backends.torch_generation import cut_at_stop
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_sampling import choose_tokens, make_processors
 from utils.batching import Ids
@@ -61,7 +62,7 @@ def answer_alone(model: TorchModel, prompts: Sequence[Ids], settings: Generation
         new = network.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[
             0, len(prompt) :
         ].tolist()
-        answers.append(new[: next((place for place, token in enumerate(new) if token in settings.stop_ids), len(new))])
+        answers.append(cut_at_stop(new, settings.stop_ids))
     return answers
 
 
@@ -69,11 +70,15 @@ def answer_alone(model: TorchModel, prompts: Sequence[Ids], settings: Generation
 @pytest.mark.parametrize("prefix", [0, 7])
 @pytest.mark.parametrize("name", sorted({**CONFIGS, **OTHERS}))
 def test_rows_that_come_and_go_are_answered_as_each_is_alone(name: str, prefix: int) -> None:
-    model, prompts, settings = make_model({**CONFIGS, **OTHERS}[name]), make_prompts(prefix), make_settings()
+    model, prompts = make_model({**CONFIGS, **OTHERS}[name]), make_prompts(prefix)
     assert uses_slots(model.network) == (name in SLOT_MODELS)
-    expected = answer_alone(model, prompts, settings)
-    assert torch_backend.generate(model, prompts, settings, 4) == expected
-    assert len({len(answer) for answer in expected}) > 1, "all answers are equally long: no row takes another's place"
+    endless = GenerationSettings(GenerationSection(max_new_tokens=20), (), 0)
+    answers = answer_alone(model, prompts, endless)
+    # Stop tokens that occur, so that rows end at different steps and others take their places.
+    stop_ids = (answers[0][2], answers[3][7], answers[6][4])
+    expected = [cut_at_stop(answer, stop_ids) for answer in answers]
+    assert len({len(answer) for answer in expected}) > 1
+    assert torch_backend.generate(model, prompts, replace(endless, stop_ids=stop_ids), 4) == expected
 
 
 def test_a_small_llama_answers_a_batch_as_it_answers_each_prompt_whatever_the_number_at_once() -> None:
