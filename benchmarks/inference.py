@@ -3,7 +3,7 @@
     python benchmarks/inference.py [--rows FILE] [--name NAME] [--count 200] [--rounds 1] [--keep FILE] [--write]
 
 The embedded model answers the same prompts greedily on both sides: same stop token, same dtype (float32), same longest answer.
-The pipeline gets the conversations as a user has them, at every batch size of `--sizes`; those below 16 answer the first
+The pipeline gets the conversations as a user has them, at every batch size of `--sizes`; those below 32 answer the first
 `--few` prompts only, because their speed does not depend on the number. Ours is `Responder.answer`, as in evaluation. Each
 measurement is a process of its own, the two sides take turns, and the fastest round counts. `--keep` names a JSONL file of
 measurements: what stands in it is not measured again, and with `--only` a long comparison can be made piece by piece.
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 SIZES = (1, 4, 8, 16, 32, 64)
-SMALL = 16  # the pipeline below this size answers a few prompts only
+SMALL = 32  # the pipeline below this size answers a few prompts only
 Measurement = dict[str, Any]
 
 
