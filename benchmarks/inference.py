@@ -3,11 +3,11 @@
     python benchmarks/inference.py [--rows FILE] [--name NAME] [--count 200] [--rounds 1] [--keep FILE] [--write]
 
 The embedded model answers the same prompts greedily on both sides: same stop token, same dtype (float32), same longest answer.
-The pipeline gets the conversations as a user has them, at every batch size of `--sizes`; those below 32 answer the first
-`--few` prompts only, because their speed does not depend on the number. Ours is `Responder.answer`, as in evaluation. Each
-measurement is a process of its own, the two sides take turns, and the fastest round counts. `--keep` names a JSONL file of
-measurements: what stands in it is not measured again, and with `--only` a long comparison can be made piece by piece.
-`--write` writes docs/results/inference_NAME.md.
+The pipeline gets the conversations as a user has them, at every batch size of `--sizes`; those below 64 answer the first
+`--few` prompts only, because the speed of full batches does not depend on their number. Ours is the back end's `generate`, as
+in evaluation, at every `evaluation.batch_size` of `--ours`. Each measurement is a process of its own, the two sides take
+turns, and the fastest round counts. `--keep` names a JSONL file of measurements: what stands in it is not measured again, and
+with `--only` a long comparison can be made piece by piece. `--write` writes docs/results/inference_NAME.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 SIZES = (1, 4, 8, 16, 32, 64)
-SMALL = 32  # the pipeline below this size answers a few prompts only
+SMALL = 64  # the pipeline below this size answers a few prompts only
 Measurement = dict[str, Any]
 
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--name", default="text_to_sql", help="of the page (default: text_to_sql)")
     parser.add_argument("--count", type=int, default=200, help="prompts, the first ones (default: 200)")
-    parser.add_argument("--few", type=int, default=32, help=f"prompts at sizes below {SMALL} (default: 32)")
+    parser.add_argument("--few", type=int, default=64, help=f"prompts at sizes below {SMALL} (default: 64)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="batch sizes of the pipeline")
     parser.add_argument("--ours", type=int, nargs="+", default=(64,), help="our evaluation.batch_size")
