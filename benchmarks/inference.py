@@ -154,7 +154,7 @@ def format_page(options: argparse.Namespace, found: Sequence[Measurement]) -> li
     reference = max(theirs, key=lambda one: (one["prompts"], find_speed(one)))
     ordered = sorted(best.values(), key=lambda one: (one["work"].split("-")[0], int(one["work"].split("-")[1])))
     table = [
-        "| | at once | prompts | seconds | new tokens | tokens/s | × best pipeline | peak GB | same answers |",
+        "| | at once | prompts | seconds | new tokens | tokens/s | × best pipeline here | peak GB | same answers |",
         "|---|" * 9,
     ]
     table[1] = "|" + "---|" * 9
@@ -173,12 +173,15 @@ def format_page(options: argparse.Namespace, found: Sequence[Measurement]) -> li
         cells += [f"{speed:.1f}", f"{speed / find_speed(peer):.2f}", f"{one['peak'] / 1e9:.2f}", same]
         table.append(f"| {' | '.join(map(str, cells))} |")
     rounds = max(sum(one["work"] == work for one in found) for work in best)
-    rows = options.rows.name
+    sizes = " ".join(map(str, options.sizes))
+    command = f"python benchmarks/inference.py --rows {options.rows.name} --name {options.name} --count {options.count} --few "
+    command += (
+        f"{options.few} --sizes {sizes} --ours {' '.join(map(str, options.ours))} --rounds {options.rounds} --write"
+    )
     return [
         f"# Answers to many prompts: `{options.name}`",
         "",
-        f"Written by `python benchmarks/inference.py --rows {rows} --name {options.name} --count {options.count} --rounds "
-        f"{options.rounds} --write` on {time.strftime('%Y-%m-%d')}: {describe_machine()}.",
+        f"Written by `{command}` on {time.strftime('%Y-%m-%d')}: {describe_machine()}.",
         "",
         *table,
         "",
