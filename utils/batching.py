@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from utils.piece_encoder import EncodedExample
 
+Ids = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from config.recipe_rules import ON_ANSWERS, PAIR_METRICS
 from config.structured_config import MetricName, Recipe
 from utils.backends import Backend
-from utils.batching import pad_prompts_left
 from utils.examples import Example
 from utils.exceptions import DataError
 from utils.inference import Responder, encode_prompts, make_settings
@@ -112,7 +111,7 @@ def continue_text(backend: Backend, model: Any, preflight: Preflight) -> tuple[s
     window = (preflight.data.evaluation or preflight.data.train)[0].input_ids
     prompt = window[: max(1, (recipe.scratch.context if recipe.scratch else len(window)) // 4)]
     settings = make_settings(tokenizer, recipe.generation)
-    (ids,) = backend.generate(model, [pad_prompts_left([prompt], settings.pad_id)], settings)
+    (ids,) = backend.generate(model, [prompt], settings, batch_size=1)
     return tokenizer.decode(prompt.tolist()), tokenizer.decode(ids)
 
 

@@ -1,4 +1,4 @@
-"""Prompts → answers: sorted, left-padded batches with progress, the same ids that training saw."""
+"""Prompts → answers with progress: the same ids that training saw."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from config.structured_config import GenerationSection
 from utils.backends import Backend, GenerationSettings, MachineFacts
-from utils.batching import pad_prompts_left
+from utils.batching import Ids
 from utils.cache_keys import find_forward_versions, hash_code
-from utils.data_loading import iterate_batches
 from utils.examples import Example
 from utils.logging import get_logger
 from utils.model_source import ModelSource, get_cache_folder
@@ -24,13 +20,15 @@ from utils.progress import Progress
 from utils.run_folder import write_text_atomically
 from utils.tokenizer_utils import TokenizerUtils
 
-Ids = npt.NDArray[np.int64]
 # Whatever changes here can change an answer of the untouched model, so one of older code is never read from the cache.
 CODE = (
     "inference.py",
     "batching.py",
     "tokenizer_utils.py",
     "backends/torch_generation.py",
+    "backends/torch_decoding.py",
+    "backends/torch_cache.py",
+    "backends/torch_sampling.py",
     "../config/structured_config.py",
 )
 
@@ -56,22 +54,17 @@ class Responder:
     batch_size: int
 
     def answer(self, prompts: Sequence[Ids], title: str) -> list[str]:
-        """Answers every prompt, in order.
-
-        Prompts of like length share a batch, longest first: little padding, and a batch that is too large for the memory
-        fails at once instead of at the end.
-        """
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-        batches = [
-            pad_prompts_left([prompts[index] for index in group], self.settings.pad_id)
-            for group in iterate_batches(order, self.batch_size)
-        ]
+        """Answers every prompt, in order."""
+        tokens = 0
         with Progress(title, len(prompts), "answers") as progress:
-            generated = self.backend.generate(self.model, batches, self.settings, progress.advance)
-        answers = [""] * len(prompts)
-        for index, ids in zip(order, generated, strict=True):
-            answers[index] = self.tokenizer.decode(ids).strip()
-        return answers
+
+            def count(new: int) -> None:
+                nonlocal tokens
+                tokens += new
+                progress.advance(1, f"{tokens / progress.seconds:.0f} tokens/s")
+
+            generated = self.backend.generate(self.model, prompts, self.settings, self.batch_size, count)
+        return [self.tokenizer.decode(ids).strip() for ids in generated]
 
     def answer_as_base(self, source: ModelSource, prompts: Sequence[Ids]) -> list[str]:
         """The untouched model's answers, read from the cache where the same question was asked before.

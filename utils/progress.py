@@ -47,6 +47,11 @@ class Progress:
             seconds = time.monotonic() - self.started
             get_logger().info("%s: %d %s in %s", self.title, self.done, self.unit, format_seconds(seconds))
 
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.started
+
     def advance(self, count: int = 1, note: str = "") -> None:
         """Counts finished work; `note` shows what else is worth watching."""
         self.done += count

@@ -10,10 +10,10 @@ from typing import Any
 from config.recipe_io import LoadedRecipe
 from config.structured_config import DataSection, GenerationSection, ModelSection, Recipe
 from utils.backends import Backend, load_backend
-from utils.batching import pad_prompts_left
+from utils.batching import Ids, pad_prompts_left
 from utils.evaluation import load_trained_model
 from utils.exceptions import DataError, RecipeError
-from utils.inference import Ids, Responder, make_settings
+from utils.inference import Responder, make_settings
 from utils.messages import Message, check_message, check_text
 from utils.model_shape import find_positions
 from utils.model_source import EMBEDDED_PREFIX, ModelSource, find_model

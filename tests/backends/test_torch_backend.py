@@ -347,10 +347,22 @@ def test_batched_greedy_answers_equal_those_given_one_by_one(embedded: ModelSour
 
     tokenizer = TokenizerUtils(load_tokenizer(embedded.folder))
     texts = ["Hi", "What is the capital of France?", "Name three colours and say which one is the sky's.", "2 + 2 ="]
+    texts += [
+        "Say yes.",
+        "Write a line about rain.",
+        "Translate good morning into French, please.",
+        "Who wrote Hamlet?",
+    ]
+    texts += [
+        "List the days of the week.",
+        "What is 7 times 8?",
+        "Is a whale a fish?",
+        "A short poem about winter, please.",
+    ]
     prompts = [tokenizer.encode_prompt([{"role": "user", "content": text}]) for text in texts]
     untouched = model.network.generation_config.to_dict()
-    together = torch_backend.generate(model, [pad_prompts_left(prompts, PAD)], settings)
-    alone = torch_backend.generate(model, [pad_prompts_left([prompt], PAD) for prompt in prompts], settings)
+    together = torch_backend.generate(model, prompts, settings, 5)
+    alone = [torch_backend.generate(model, [prompt], settings, 1)[0] for prompt in prompts]
     streamed = [list(torch_backend.stream(model, pad_prompts_left([prompt], PAD), settings)) for prompt in prompts]
     assert together == alone == streamed
     assert "Paris" in tokenizer.decode(together[1])
@@ -374,14 +386,14 @@ def test_sampling_follows_the_seed_and_greedy_settings_raise_no_warning(
     tiny_llama: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     model = torch_backend.load_model(open_source(tiny_llama), make_recipe(tiny_llama))
-    batch = pad_prompts_left([np.array([5, 6, 7])], PAD)
+    prompt = np.array([5, 6, 7])
     answers = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         section = GenerationSection(max_new_tokens=8, temperature=1.0, top_p=0.9)
-        answers.append(torch_backend.generate(model, [batch], GenerationSettings(section, (2,), PAD)))
+        answers.append(torch_backend.generate(model, [prompt], GenerationSettings(section, (2,), PAD), 1))
     assert answers[0] == answers[1] != answers[2]
-    torch_backend.generate(model, [batch], GenerationSettings(GenerationSection(max_new_tokens=2), (2,), PAD))
+    torch_backend.generate(model, [prompt], GenerationSettings(GenerationSection(max_new_tokens=2), (2,), PAD), 1)
     assert not [str(warning.message) for warning in recwarn if "generation" in str(warning.message).lower()]
 
 

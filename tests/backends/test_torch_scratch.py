@@ -121,26 +121,25 @@ def test_the_loss_of_a_window_is_that_of_transformers(architecture: str) -> None
 def test_an_answer_goes_on_beyond_the_context_and_a_stream_gives_the_same(architecture: str, length: int) -> None:
     model = load_new(architecture)
     prompt = np.random.default_rng(length).integers(2, 70, length)
-    batch = pad_prompts_left([prompt], 0)
     settings = GenerationSettings(GenerationSection(max_new_tokens=70), (0,), 0)
-    (ids,) = torch_backend.generate(model, [batch], settings)
-    assert list(torch_backend.stream(model, batch, settings)) == ids
+    (ids,) = torch_backend.generate(model, [prompt], settings, 1)
+    assert list(torch_backend.stream(model, pad_prompts_left([prompt], 0), settings)) == ids
     assert len(ids) == 70
 
 
 def test_up_to_the_context_the_sliding_window_changes_nothing() -> None:
     model = load_new("llama")
-    batch = pad_prompts_left([np.arange(5, 15)], 0)
+    prompt = np.arange(5, 15)
     short = GenerationSettings(GenerationSection(max_new_tokens=22), (), 0)
     long = GenerationSettings(GenerationSection(max_new_tokens=40), (), 0)
-    (within,), (beyond,) = (torch_backend.generate(model, [batch], settings) for settings in (short, long))
+    (within,), (beyond,) = (torch_backend.generate(model, [prompt], settings, 1) for settings in (short, long))
     assert beyond[:22] == within
 
 
-def test_prompts_of_a_batch_that_is_too_long_are_answered_each_by_itself() -> None:
+def test_a_prompt_that_goes_beyond_the_context_disturbs_no_other() -> None:
     model = load_new("gpt2")
     prompts = [np.arange(5, 15), np.arange(20, 50)]
     settings = GenerationSettings(GenerationSection(max_new_tokens=20), (0,), 0)
-    together = torch_backend.generate(model, [pad_prompts_left(prompts, 0)], settings)
-    alone = [torch_backend.generate(model, [pad_prompts_left([prompt], 0)], settings)[0] for prompt in prompts]
+    together = torch_backend.generate(model, prompts, settings, 2)
+    alone = [torch_backend.generate(model, [prompt], settings, 1)[0] for prompt in prompts]
     assert together == alone

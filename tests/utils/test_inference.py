@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import pytest
 from config.structured_config import GenerationSection
 from utils.backends import GenerationSettings, MachineFacts
 from utils.inference import find_baseline_file
+from utils.logging import get_logger
 from utils.model_source import ModelSource
+from utils.session import load_plain
 
 MACHINE = MachineFacts("cpu", "a cpu", "float32", 1, 512, 1, ())
 SETTINGS = GenerationSettings(GenerationSection(), (2,), 0)
@@ -45,3 +48,21 @@ def test_another_config_or_machine_has_answers_of_its_own(tmp_path: Path) -> Non
         name_file(tmp_path, replace(MACHINE, device_name="another cpu")),
     }
     assert len(found) == 4
+
+
+def test_progress_counts_single_answers_and_tokens_a_second(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("utils.progress.SECONDS_BETWEEN_LINES", 0.0)
+    session = load_plain(str(tiny_llama), GenerationSection(max_new_tokens=4)).open_session()
+    prompts = [session.encode([{"role": "user", "content": "word " * length}]) for length in (2, 9, 4)]
+    logger = get_logger()
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, logger.name)
+    together = replace(session.responder, batch_size=1).answer(prompts, "Answers")
+    progress = caplog.text
+    logger.removeHandler(caplog.handler)
+    assert "Answers: 1/3 answers" in progress
+    assert "Answers: 2/3 answers" in progress
+    assert "tokens/s" in progress
+    assert len(together) == 3

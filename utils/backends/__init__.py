@@ -187,11 +187,12 @@ class Backend(Protocol):
     def generate(
         self,
         model: Any,
-        batches: Sequence[Batch],
+        prompts: Sequence[npt.NDArray[np.int64]],
         settings: GenerationSettings,
-        on_batch: Callable[[int], None] = ignore,
+        batch_size: int,
+        on_answer: Callable[[int], None] = ignore,
     ) -> list[list[int]]:
-        """New token ids of each row of left-padded batches, in order, up to and without the stop token."""
+        """New token ids of each prompt, in order, up to and without the stop token; `on_answer` gets how many."""
 
     def stream(self, model: Any, batch: Batch, settings: GenerationSettings) -> Iterator[int]:
         """New token ids of a single prompt, one by one as they are sampled."""

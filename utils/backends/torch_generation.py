@@ -1,4 +1,4 @@
-"""Prompts → answers on torch: whole batches side by side, or one prompt token by token."""
+"""Prompts → answers on torch: many at once, or one prompt token by token."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from utils.backends import GenerationSettings, ignore
-from utils.backends.torch_model import TorchModel, run_side_by_side
-from utils.batching import Batch, pad_prompts_left
+from utils.backends.torch_decoding import decode, uses_slots
+from utils.backends.torch_model import TorchModel
+from utils.backends.torch_quantization import refuse_repacked
+from utils.batching import Batch, Ids, pad_prompts_left
 
 
 def make_generation_inputs(model: TorchModel, batch: Batch, settings: GenerationSettings) -> dict[str, Any]:
@@ -30,21 +32,50 @@ def make_generation_inputs(model: TorchModel, batch: Batch, settings: Generation
 
 
 def generate(
-    model: TorchModel, batches: Sequence[Batch], settings: GenerationSettings, on_batch: Callable[[int], None] = ignore
+    model: TorchModel,
+    prompts: Sequence[Ids],
+    settings: GenerationSettings,
+    batch_size: int,
+    on_answer: Callable[[int], None] = ignore,
 ) -> list[list[int]]:
-    """New token ids of each row of left-padded batches, in order, up to and without the stop token."""
+    """New token ids of each prompt, in order, up to and without the stop token.
 
-    def answer(batch: Batch) -> list[list[int]]:
-        if goes_beyond_context(model, batch.input_ids.shape[1], settings):
-            rows = (row[-length:].tolist() for row, length in zip(batch.input_ids, batch.lengths, strict=True))
-            return [list(slide(model, row, settings, answer_once)) for row in rows]
-        output = model.network.generate(**make_generation_inputs(model, batch, settings))
-        return [cut_at_stop(row, settings.stop_ids) for row in output[:, batch.input_ids.shape[1] :].tolist()]
+    Longest prompts come first: a batch that is too large for the memory fails at once. Rows that end make room for waiting
+    prompts (`Decoder`) on architectures of `SLOT_MODELS`; on others, whose cache is of another kind or for which no test shows
+    that answers stay the same, batches go through transformers' generate. Prompts whose answers could go beyond the last
+    position slide, one by one (`slide`). Greedy answers are those that each prompt has alone, up to rounding. Sampled ones
+    follow torch's seed, and under the `Decoder` depend on no other prompt.
 
-    if settings.generation.temperature > 0:
-        # Workers would draw from one generator in whatever order they run: sampling keeps to one.
-        model = replace(model, plan=replace(model.plan, workers=1))
-    return [row for rows in run_side_by_side(model, answer, batches, on_batch) for row in rows]
+    Args:
+        batch_size: prompts that are answered at once.
+        on_answer: called with the number of its tokens whenever an answer is complete.
+    """
+    model.network.eval()
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    long = [index for index in order if goes_beyond_context(model, len(prompts[index]), settings)]
+    fitting = order[len(long) :]
+    with torch.inference_mode():
+        answers = {}
+        for index in long:
+            answers[index] = list(slide(model, prompts[index].tolist(), settings, answer_once))
+            on_answer(len(answers[index]))
+        if uses_slots(model.network):
+            answers |= decode(model, {index: prompts[index] for index in fitting}, settings, batch_size, on_answer)
+        else:
+            for start in range(0, len(fitting), batch_size):
+                group = fitting[start : start + batch_size]
+                batch = pad_prompts_left([prompts[index] for index in group], settings.pad_id)
+                for index, ids in zip(group, answer_batch(model, batch, settings), strict=True):
+                    answers[index] = ids
+                    on_answer(len(ids))
+    refuse_repacked(model.network)
+    return [answers[index] for index in range(len(prompts))]
+
+
+def answer_batch(model: TorchModel, batch: Batch, settings: GenerationSettings) -> list[list[int]]:
+    """New token ids of each row of a left-padded batch, by transformers' generate."""
+    output: Any = model.network.generate(**make_generation_inputs(model, batch, settings))
+    return [cut_at_stop(row, settings.stop_ids) for row in output[:, batch.input_ids.shape[1] :].tolist()]
 
 
 def goes_beyond_context(model: TorchModel, prompt_length: int, settings: GenerationSettings) -> bool:
@@ -55,8 +86,7 @@ def goes_beyond_context(model: TorchModel, prompt_length: int, settings: Generat
 
 def answer_once(model: TorchModel, ids: list[int], settings: GenerationSettings) -> Iterator[int]:
     """New token ids of one prompt that fits."""
-    output = model.network.generate(**make_generation_inputs(model, make_prompt(ids, settings), settings))
-    yield from cut_at_stop(output[0, len(ids) :].tolist(), settings.stop_ids)
+    yield from answer_batch(model, make_prompt(ids, settings), settings)[0]
 
 
 def make_prompt(ids: list[int], settings: GenerationSettings) -> Batch:

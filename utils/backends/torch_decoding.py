@@ -1,0 +1,264 @@
+"""Many prompts → answers: rows that end leave the batch, and waiting prompts take their places.
+
+A step computes one new token for every running row. Prompts are read in groups, all but their last token, without the head;
+that token is the row's input of the next step, so that a new row's first token costs no pass of its own. What all prompts
+begin with, such as a system turn, is read once. A row sees its own columns alone, so no row disturbs another.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from config.model_families import PACKING_MODELS
+from utils.backends import GenerationSettings
+from utils.backends.torch_cache import SlotCache
+from utils.backends.torch_model import TorchModel
+from utils.backends.torch_sampling import choose_tokens, draw_seed, make_generator, make_processors
+from utils.batching import Ids
+from utils.logging import get_logger
+from utils.machine import TOKEN_BUDGETS, measure_device_memory
+from utils.memory import show_bytes
+
+# Architectures for which tests/backends/test_torch_decoding.py shows that answers are those of transformers' generate.
+# GPT-Neo's local layers count columns back from the last one of the batch, where only the longest row stands here.
+SLOT_MODELS = PACKING_MODELS - {"gpt_neo"}
+MEMORY_SHARE = 0.5  # of the free memory, for the cache
+ADMITTED_SHARE = 8  # new prompts come in when an eighth of the rows has ended: a pass over a single prompt is slow
+FIRST_ANSWERS = 64  # columns for answers that a cache has at first
+
+
+@dataclass
+class Row:
+    """A prompt with its answer so far.
+
+    Attributes:
+        index: which prompt it is.
+        ids: prompt and answer.
+        prompt_length: tokens of the prompt.
+        generator: draws its tokens; None takes the likeliest.
+    """
+
+    index: int
+    ids: list[int]
+    prompt_length: int = field(init=False)
+    generator: np.random.Generator | None = None
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.ids)
+
+    @property
+    def new(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.ids) - self.prompt_length
+
+
+def uses_slots(network: nn.Module) -> bool:
+    """True if a `Decoder` answers for this network: its architecture is proven, and no position changes with its neighbours."""
+    config: Any = network.config
+    rope = config.to_dict().get("rope_parameters") or {}
+    # These stretch all positions of a batch by its longest row.
+    stretches = any(kind in str(rope) for kind in ("'dynamic'", "'longrope'"))
+    return config.model_type in SLOT_MODELS and not stretches and find_windows(network) is not None
+
+
+def find_windows(network: nn.Module) -> dict[str, int | None] | None:
+    """Sliding window of each kind of layer, None for full attention; None if the cache holds anything else."""
+    config: Any = network.config
+    kinds, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    windows = {kind: option.get("sliding_window") for kind, option in zip(kinds, options, strict=True)}
+    return windows if windows.keys() <= {"full_attention", "sliding_attention"} else None
+
+
+def decode(
+    model: TorchModel,
+    prompts: Mapping[int, Ids],
+    settings: GenerationSettings,
+    batch_size: int,
+    on_answer: Callable[[int], None],
+) -> dict[int, list[int]]:
+    """New token ids of each prompt by its number.
+
+    Args:
+        prompts: by number, longest first.
+    """
+    if not prompts:
+        return {}
+    seed = draw_seed(settings.generation)
+    ids = {index: prompt.tolist() for index, prompt in prompts.items()}
+    waiting = deque(Row(index, list(ids[index]), make_generator(seed, index)) for index in prompts)
+    longest = max(map(len, ids.values()))
+    slots = min(len(ids), limit_rows(model, batch_size, longest + settings.generation.max_new_tokens))
+    decoder = Decoder(model, settings, slots, longest)
+    answers: dict[int, list[int]] = {}
+
+    def keep(row: Row) -> None:
+        answers[row.index] = row.ids[row.prompt_length :]
+        on_answer(row.new)
+
+    decoder.read_prefix(list(ids.values()))
+    decoder.answer(waiting, keep)
+    return answers
+
+
+def limit_rows(model: TorchModel, batch_size: int, columns: int) -> int:
+    """Rows at once: the batch size, or fewer where the cache of long rows would take more than a share of the free memory.
+
+    Args:
+        columns: tokens of the longest prompt with the longest answer.
+    """
+    network: Any = model.network
+    config = network.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row_bytes: int = 2 * config.num_hidden_layers * heads * size * model.plan.dtype.itemsize * columns
+    _, free = measure_device_memory(model.plan.device)  # type: ignore[arg-type]
+    most = int((free or model.plan.memory_bytes) * MEMORY_SHARE) // row_bytes
+    if most >= batch_size:
+        return batch_size
+    message = "rows answered at once: %d instead of %d, because the cache of one may need %s"
+    get_logger().info(message, max(1, most), batch_size, show_bytes(row_bytes))
+    return max(1, most)
+
+
+def count_common(prompts: Sequence[list[int]]) -> int:
+    """Tokens that all prompts begin with; in the order of a dictionary, the first and the last one differ first."""
+    first, last = min(prompts), max(prompts)
+    differs = (one != other for one, other in zip(first, last, strict=False))
+    return next((index for index, found in enumerate(differs) if found), min(len(first), len(last)))
+
+
+class Decoder:
+    """Answers rows from a queue with a cache of its own.
+
+    Args:
+        slots: rows at once.
+        longest: tokens of the longest prompt.
+    """
+
+    def __init__(self, model: TorchModel, settings: GenerationSettings, slots: int, longest: int) -> None:
+        network: Any = model.network
+        self.network: Any = network.get_base_model() if isinstance(network, PeftModel) else network
+        self.device, self.settings, self.slots = model.accelerator.device, settings, slots
+        self.read_tokens = TOKEN_BUDGETS[model.plan.device]
+        self.windows = find_windows(self.network) or {}
+        self.processors = make_processors(settings.generation)
+        self.names_layers = hasattr(self.network.config.get_text_config(decoder=True), "layer_types")
+        layers = self.network.config.get_text_config(decoder=True).num_hidden_layers
+        most = longest + settings.generation.max_new_tokens
+        self.cache = SlotCache(layers, slots, longest + FIRST_ANSWERS, most)
+        self.prefix_length = 0
+        self.rows: list[Row] = []
+
+    def read_prefix(self, prompts: Sequence[list[int]]) -> None:
+        """Reads what all prompts begin with, once."""
+        length = count_common([prompt[:-1] for prompt in prompts])
+        if len(prompts) > 1 and length > 0:
+            self.read([prompts[0][:length]], 0, 0)
+            self.cache.keep_prefix()
+            self.prefix_length = length
+
+    def answer(self, waiting: deque[Row], on_answer: Callable[[Row], None]) -> None:
+        """Answers all rows of a queue, which other decoders may share."""
+        while True:
+            free = self.slots - len(self.rows)
+            if waiting and (not self.rows or free * ADMITTED_SHARE >= self.slots):
+                self.admit(waiting, free)
+            if not self.rows:
+                return
+            self.step(on_answer)
+
+    def admit(self, waiting: deque[Row], free: int) -> None:
+        """Takes rows from the queue into free slots and reads their prompts, group by group."""
+        new: list[Row] = []
+        while waiting and len(new) < free:
+            new.append(waiting.popleft())
+        group: list[list[int]] = []
+        for row in new:
+            unread = row.ids[self.prefix_length : -1]
+            longest = max(len(unread), *map(len, group)) if group else len(unread)
+            if group and longest * (len(group) + 1) > self.read_tokens:
+                self.read_group(group)
+                group = []
+            group.append(unread)
+            self.rows.append(row)
+        self.read_group(group)
+
+    def read_group(self, group: Sequence[Sequence[int]]) -> None:
+        """Reads the prompts of the newest rows, behind the common prefix and without their last token."""
+        slot = len(self.rows) - len(group)
+        if self.prefix_length:
+            self.cache.place_prefix(slot, len(group))
+        if any(group):
+            self.read(group, slot, self.prefix_length)
+
+    def read(self, prompts: Sequence[Sequence[int]], slot: int, start: int) -> None:
+        """One forward pass without the head; what pads on the right is seen by no token that counts, and overwritten later."""
+        length = max(map(len, prompts))
+        ids = np.full((len(prompts), length), self.settings.pad_id, dtype=np.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        self.cache.read_prompts(slot, start, start + length)
+        positions = torch.arange(start, start + length, device=self.device).expand(len(prompts), -1)
+        inputs = {"input_ids": torch.from_numpy(ids).to(self.device), "position_ids": positions}
+        self.network.base_model(**inputs, past_key_values=self.cache, use_cache=True)
+
+    def step(self, on_answer: Callable[[Row], None]) -> None:
+        """One new token for every row; those that end make room."""
+        rows = self.rows
+        columns = [len(row.ids) - 1 for row in rows]
+        positions = torch.tensor(columns, device=self.device)
+        width = max(columns) + 1
+        self.cache.read_tokens(positions, width)
+        logits = self.network(
+            input_ids=torch.tensor([row.ids[-1:] for row in rows], device=self.device),
+            position_ids=positions[:, None],
+            attention_mask=self.make_masks(positions, width),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        generators = [row.generator for row in rows if row.generator is not None]
+        tokens = choose_tokens(logits, [row.ids for row in rows], generators, self.processors)
+        for slot in reversed(range(len(rows))):  # from the last on, so that the row that fills a gap is done already
+            row, token = rows[slot], tokens[slot]
+            ends = token in self.settings.stop_ids
+            if not ends:
+                row.ids.append(token)
+            if ends or row.new == self.settings.generation.max_new_tokens:
+                self.free(slot)
+                on_answer(row)
+
+    def free(self, slot: int) -> None:
+        """Takes a row out; the last one moves into its place."""
+        last = self.rows.pop()
+        if slot < len(self.rows):
+            self.rows[slot] = last
+            self.cache.move(len(self.rows), slot, len(last.ids))
+
+    def make_masks(self, positions: torch.Tensor, width: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What each row's one token sees: its own columns, in a sliding layer the last of them, shape (rows, 1, 1, width).
+
+        As transformers has it, a dictionary where the kinds of layers have names, true for what is seen, or added to the scores
+        where the attention is not fused.
+        """
+        columns = torch.arange(width, device=self.device)
+        masks = {}
+        for kind, window in self.windows.items():
+            mask = columns <= positions[:, None]
+            if window is not None:
+                mask &= columns > positions[:, None] - window
+            mask = mask[:, None, None, :]
+            if self.network.config._attn_implementation != "sdpa":
+                lowest = torch.finfo(self.network.dtype).min
+                mask = torch.zeros(mask.shape, dtype=self.network.dtype, device=self.device).masked_fill_(~mask, lowest)
+            masks[kind] = mask
+        return masks if self.names_layers else next(iter(masks.values()))
