@@ -300,6 +300,8 @@ class AdapterReader:
         for name, tensor in self.base.tensors.items():
             if tensor.name not in self.changes and (missing := self.find_saved(name)):
                 raise self.refuse(f"it has no {PREFIX}{missing}")
+        if self.base.is_reward and not any(name.startswith(HEAD) for name in (*self.base.tensors, *self.added)):
+            raise self.refuse(f"it has no {PREFIX}{HEAD}weight")
 
     def find_saved(self, name: str) -> str | None:
         """The name in the model of a base's tensor that `modules_to_save` names, None where it does not."""

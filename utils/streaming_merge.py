@@ -1,8 +1,8 @@
 """Writes a planned merge: one read and one write of the weights, a few megabytes in memory, float32 arithmetic.
 
 The base's rows are read block by block, changed in buffers that stay in the processor's cache, rounded once to the stored
-format and written at their place. What does not change is copied inside the kernel. numpy releases the interpreter's lock, so two or
-more workers compute at the same time.
+format and written at their place. What does not change is copied inside the kernel. numpy releases the interpreter's lock, so
+that several workers compute at the same time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,11 +74,8 @@ Prepared = Factors | Replacement | TokenRows
 WORKSPACE = Workspace()
 
 
-def write_plan(plan: MergePlan, folder: Path, on_bytes: Callable[[int], None]) -> None:
-    """Writes all weight files and the index into an existing folder.
-
-    Args:
-        on_bytes: told how many more bytes have been written.
+def write_plan(plan: MergePlan, folder: Path) -> Iterator[int]:
+    """Writes all weight files and the index into an existing folder, and yields how many more bytes have been written.
 
     Raises:
         OSError: a disk is full or a file ends too early.
@@ -86,12 +83,12 @@ def write_plan(plan: MergePlan, folder: Path, on_bytes: Callable[[int], None]) -
     """
     with ThreadPoolExecutor(WORKERS) as pool:
         for file in plan.files:
-            write_file(file, folder / file.name, pool, on_bytes)
+            yield from write_file(file, folder / file.name, pool)
     if plan.index is not None:
         (folder / INDEX_NAME).write_text(json.dumps(plan.index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_file(file: PlannedFile, path: Path, pool: ThreadPoolExecutor, on_bytes: Callable[[int], None]) -> None:
+def write_file(file: PlannedFile, path: Path, pool: ThreadPoolExecutor) -> Iterator[int]:
     """Writes one file; tensors are computed side by side, and the first failure ends all of them."""
     source = os.open(file.source.path, os.O_RDONLY)
     target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -102,15 +99,13 @@ def write_file(file: PlannedFile, path: Path, pool: ThreadPoolExecutor, on_bytes
         for task in list_tasks(file, source, target):
             waiting.append(pool.submit(task))
             if len(waiting) > WAITING:
-                on_bytes(waiting.popleft().result())
+                yield waiting.popleft().result()
         while waiting:
-            on_bytes(waiting.popleft().result())
+            yield waiting.popleft().result()
     finally:
         for future in waiting:
             future.cancel()
-        for future in waiting:  # none may write into a file that is closed
-            if not future.cancelled():
-                future.exception()
+        wait(waiting)  # none may write into a file that is closed
         os.close(source)
         os.close(target)
 
