@@ -15,6 +15,7 @@ that the quantised base stands for. A run that trained all weights is copied in 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if target.exists():
         raise RunError("the folder exists already", where=str(target), fix="name another one with --out", code="exists")
 
+    # Rows are shared out among threads, and a BLAS that starts its own takes twice as long; numpy asks once, when it is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from utils.merging import Trained, merge_run
     from utils.model_source import find_model
     from utils.run_tokenizer import open_run_tokenizer

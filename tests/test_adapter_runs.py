@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from scripts import baseline_inference, evaluate_run, infer, merge, train
-from utils.exceptions import RunError
+from tests.conftest import ROOT
+from utils.exceptions import AdapterError, RunError
 
 pytestmark = pytest.mark.slow
 
@@ -110,10 +114,38 @@ def test_a_quantised_run_is_evaluated_as_it_was_trained_and_merges(
     tiny_llama: Path, work: Path, base: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(work, tiny_llama, "quantised", lora={"r": 4}, model={"quantization": "nf4"})
-    facts, report = run_all(recipe, work / "run", "--base", base)
+    facts, report = run_all(recipe, work / "run", "--base", base, "--compare")
     assert facts["quantization"] == "nf4"
     assert report["metrics"]["loss"]["tuned"] == pytest.approx(facts["best_eval_loss"], abs=1e-4)
     assert "Against what was trained, the nf4 base with the adapter" in capsys.readouterr().out
+
+
+def test_a_merge_loads_no_framework_and_is_compared_where_one_is_needed(
+    tiny_llama: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"added_tokens": ["<say>", "<done>"]}
+    recipe = write_recipe(work, tiny_llama, "light", lora={"r": 4, "variant": "dora"}, data=rows)
+    assert train.main(["--recipe", recipe, "--run", str(work / "run")]) == 0
+    code = "import sys; from scripts import merge; merge.main(sys.argv[1:]); print(sorted({'torch', 'peft'} & {*sys.modules}))"
+    command = [sys.executable, "-c", code, "--run", str(work / "run"), "--out", str(work / "merged")]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n[]\n")
+    assert merge.main(["--run", str(work / "run"), "--out", str(work / "compared"), "--compare"]) == 0
+    output = capsys.readouterr().out
+    assert "equal base + adapter within rounding" in output
+    assert "loaded and compared: largest logit difference" in output
+    files = [(work / name / "model.safetensors").read_bytes() for name in ("merged", "compared")]
+    assert files[0] == files[1]
+    # An adapter on a tied head: only peft knows that the embedding must stay, and its merge moves it.
+    other = write_recipe(work, tiny_llama, "head", lora={"r": 4, "target_modules": ["lm_head"]})
+    assert train.main(["--recipe", other, "--run", str(work / "head")]) == 0
+    with pytest.raises(AdapterError, match="drifts"):
+        merge.main(["--run", str(work / "head")])
+    assert "The merge loads the whole model: base_model.model.lm_head" in capsys.readouterr().err
+    assert not list((work / "head").glob("*merged*"))
 
 
 def test_a_run_is_refused_with_another_base_or_with_other_rows_to_draw_from(tiny_llama: Path, work: Path) -> None:
