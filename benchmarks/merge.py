@@ -251,8 +251,8 @@ def describe(table: list[str], size: int, options: argparse.Namespace) -> list[s
         "file), which is how `scripts/merge.py` ends; without it, part of the data is still in the page cache. Before each",
         "process, the base's files are dropped from the page cache and everything written before is on the disk. The clock",
         "starts after the imports; peak is VmHWM less the memory at that moment. A limit is RLIMIT_DATA,",
-        f"{LIMIT / 1e9:.1f} GB above what the imports hold. peft loads the model in its own number format, and does not flush or",
-        "look at what it wrote.",
+        f"{LIMIT / 1e9:.1f} GB above what the imports hold. peft loads the model in its own number format, and does not",
+        "flush or look at what it wrote.",
     ]
 
 

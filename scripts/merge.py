@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if target.exists():
         raise RunError("the folder exists already", where=str(target), fix="name another one with --out", code="exists")
 
-    # Rows are shared out among threads, and a BLAS that starts its own takes twice as long; numpy asks once, when it is imported.
+    # Our threads share out the rows; a BLAS that starts its own beside them takes twice as long. numpy reads this once.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from utils.merging import Trained, merge_run
     from utils.model_source import find_model
@@ -60,17 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.check_base(source)
     tokenizer = open_run_tokenizer(loaded, source, folder)
     merge = merge_run(Trained(loaded, source, folder, tokenizer), target, options.base, compare=options.compare)
-    if merge.check:
-        print(f"Merged ({merge.base}) and read back: {merge.check}")
-    if merge.drift:
-        print(f"Merged ({merge.base}), loaded and compared: {merge.drift}")
-    quantization = loaded.recipe.model.quantization
-    if merge.trained_drift:
-        print(f"Against what was trained, the {quantization} base with the adapter: {merge.trained_drift}")
-    elif quantization != "none":
-        print(
-            f"The adapter was trained on the {quantization} base: --compare measures how far the merged model is from that"
-        )
+    print("\n".join(merge.describe(loaded.recipe.model.quantization)))
     print(f"Model folder: {target}")
     print(f"Next: python scripts/infer.py --model {target}")
     return 0

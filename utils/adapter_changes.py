@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from utils.tensor_files import COPY_BYTES, Shape, StoredTensor
 
 TIED = re.compile(r"(lm_head|embed_out)\.weight")  # heads that may be the embedding's matrix
+HEAD = "score."  # of a reward model
 
 
 class NeedsFramework(Exception):
@@ -73,6 +74,50 @@ class BaseTensors:
     def find(self, name: str) -> StoredTensor | None:
         """The tensor of a name in the model; files may leave the outermost module out (`wte` for `transformer.wte`)."""
         return self.tensors.get(name) or self.tensors.get(name.partition(".")[2])
+
+    def name_in_model(self, modules: Iterable[str]) -> dict[str, StoredTensor]:
+        """The tensors by their names in the model.
+
+        Args:
+            modules: names of some of its modules, which show the outermost one where the files leave it out.
+        """
+        known = {name.rpartition(".")[0] for name in self.tensors}
+        known |= {name.rpartition(".")[0] for name in known}  # experts' tensors are called by the parameter alone
+        missing = next(
+            (module for module in modules if module not in known and not TIED.fullmatch(f"{module}.weight")), ""
+        )
+        outer = f"{missing.partition('.')[0]}." if missing else ""
+        return {
+            name if name.startswith(("lm_head.", "embed_out.", HEAD)) else outer + name: one
+            for name, one in self.tensors.items()
+        }
+
+
+def is_saved_whole(config: Mapping[str, Any], name: str) -> bool:
+    """True for a tensor of a module that `modules_to_save` names; peft compares ends of names."""
+    module = f".{name.rpartition('.')[0]}."
+    return any(f".{wanted}." in module for wanted in config.get("modules_to_save") or ())
+
+
+def list_targets(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """Full names of the modules that an adapter's configuration adapts, as far as the files show them.
+
+    Args:
+        tensors: by their names in the model.
+
+    Raises:
+        NeedsFramework: the configuration chooses them by a rule of peft's.
+    """
+    targets, excluded = config.get("target_modules") or [], config.get("exclude_modules") or []
+    if targets == "all-linear":
+        raise NeedsFramework("adapter_config.json chooses its modules by a rule of peft's")
+    bare = [str(one) for one in config.get("target_parameters") or ()]
+    for name, tensor in tensors.items():
+        module, _, last = name.rpartition(".")
+        is_matrix = last == "weight" and len(tensor.shape) == 2
+        is_bare = any(f".{name}".endswith(f".{one}") for one in bare)
+        if is_bare or (is_matrix and is_named(targets, module) and not is_named(excluded, module)):
+            yield module
 
 
 def is_named(targets: Any, module: str) -> bool:

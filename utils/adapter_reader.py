@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from utils.adapter_changes import (
+    HEAD,
     TIED,
     BaseTensors,
     Change,
@@ -21,8 +21,9 @@ from utils.adapter_changes import (
     Replacement,
     TokenRows,
     have_equal_bytes,
-    is_named,
+    is_saved_whole,
     list_renamed_types,
+    list_targets,
     list_tensors,
     match_pattern,
     show,
@@ -54,7 +55,6 @@ KNOWN_KEYS = {
 # Starts that leave the base as it is; others take something out of it, which the saved adapter must give back.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # store matrices as inputs × outputs
-HEAD = "score."  # of a reward model
 FACTOR = re.compile(r"(.+)\.(?:lora_[AB]\.weight|lora_magnitude_vector(?:\.weight)?)")
 ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
 
@@ -126,7 +126,7 @@ class AdapterReader:
             self.read_rows(key, found[1])
         elif ".lora_embedding_" in name or name.endswith(".lora_B.bias"):
             raise NeedsFramework(f"{key} adapts an embedding or a bias")
-        elif self.is_saved_whole(name):
+        elif is_saved_whole(self.config, name):
             self.read_whole(key, name)
         else:
             raise self.refuse(f"the model has no place for {key}")
@@ -245,11 +245,6 @@ class AdapterReader:
             raise self.refuse(f"{key} replaces row {max(indices)}, and {target.name} is {show(target.shape)}")
         self.add_change(target, TokenRows(tuple(indices), self.take(key, (len(indices), target.columns))), key)
 
-    def is_saved_whole(self, name: str) -> bool:
-        """True for a tensor of a module that `modules_to_save` names; peft compares ends of names."""
-        module = f".{name.rpartition('.')[0]}."
-        return any(f".{wanted}." in module for wanted in self.config.get("modules_to_save") or ())
-
     def read_whole(self, key: str, name: str) -> None:
         """A tensor that was trained whole, a new head, or the second copy of one that head and embedding share."""
         shape = self.unused[key].shape
@@ -289,47 +284,18 @@ class AdapterReader:
 
         Raises:
             AdapterError: one has not.
+            NeedsFramework: the configuration chooses its modules by a rule of peft's.
         """
-        for module in self.list_targets():
+        names = self.base.name_in_model(self.adapted)
+        for module in list_targets(self.config, names):
             if module not in self.adapted:
                 raise self.refuse(f"it has no {PREFIX}{module}.lora_A.weight")
         used = {tensor.name for change in self.changes.values() for tensor in list_tensors(change)}
         for module in self.config.get("trainable_token_indices") or {}:
             if f"{PREFIX}{module}.token_adapter.trainable_tokens_delta" not in used:
                 raise self.refuse(f"it has no {PREFIX}{module}.token_adapter.trainable_tokens_delta")
-        for name, tensor in self.base.tensors.items():
-            if tensor.name not in self.changes and (missing := self.find_saved(name)):
-                raise self.refuse(f"it has no {PREFIX}{missing}")
+        for name, tensor in names.items():
+            if tensor.name not in self.changes and is_saved_whole(self.config, name):
+                raise self.refuse(f"it has no {PREFIX}{name}")
         if self.base.is_reward and not any(name.startswith(HEAD) for name in (*self.base.tensors, *self.added)):
             raise self.refuse(f"it has no {PREFIX}{HEAD}weight")
-
-    def find_saved(self, name: str) -> str | None:
-        """The name in the model of a base's tensor that `modules_to_save` names, None where it does not."""
-        inside = self.name_in_model(name)
-        return inside if self.is_saved_whole(inside) else None
-
-    def list_targets(self) -> Iterator[str]:
-        """Full names of the modules that the configuration adapts, as far as the files show them.
-
-        Raises:
-            NeedsFramework: the configuration chooses them by a rule of peft's.
-        """
-        targets, excluded = self.config.get("target_modules") or [], self.config.get("exclude_modules") or []
-        if targets == "all-linear":
-            raise NeedsFramework("adapter_config.json chooses its modules by a rule of peft's")
-        bare = [str(one) for one in self.config.get("target_parameters") or ()]
-        for name, tensor in self.base.tensors.items():
-            inside = self.name_in_model(name)
-            module, _, last = inside.rpartition(".")
-            is_matrix = last == "weight" and len(tensor.shape) == 2
-            is_bare = any(f".{inside}".endswith(f".{one}") for one in bare)
-            if is_bare or (is_matrix and is_named(targets, module) and not is_named(excluded, module)):
-                yield module
-
-    def name_in_model(self, name: str) -> str:
-        """A tensor's name in the model: files may leave the outermost module out, and the adapter shows which it is."""
-        for module in self.adapted:
-            if not any(one.startswith(f"{module}.") for one in self.base.tensors):
-                outer = module.partition(".")[0]
-                return name if TIED.fullmatch(name) or name.startswith(HEAD) else f"{outer}.{name}"
-        return name

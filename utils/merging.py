@@ -20,10 +20,10 @@ from utils.checkpoint import write_folder_atomically
 from utils.evaluation import load_trained_model
 from utils.exceptions import AdapterError, RunError
 from utils.logging import get_logger
+from utils.memory import show_bytes
 from utils.merge_checks import MergeCheck, check_merge
 from utils.merge_companions import plan_config, save_companions, save_config
 from utils.merge_plan import MergePlan, plan_copy, plan_merge
-from utils.memory import show_bytes
 from utils.model_source import ModelSource, read_config
 from utils.progress import Progress
 from utils.run_folder import RunFolder
@@ -78,6 +78,17 @@ class Merge:
     check: MergeCheck | None = None
     drift: MergeDrift | None = None
     trained_drift: MergeDrift | None = None
+
+    def describe(self, quantization: str) -> list[str]:
+        """What was verified, in lines; a run on a quantised base was trained on something else than was merged."""
+        lines = [f"Merged ({self.base}) and read back: {self.check}"] if self.check else []
+        lines += [f"Merged ({self.base}), loaded and compared: {self.drift}"] if self.drift else []
+        base = f"the {quantization} base"
+        if self.trained_drift:
+            lines.append(f"Against what was trained, {base} with the adapter: {self.trained_drift}")
+        elif quantization != "none":
+            lines.append(f"The adapter was trained on {base}: --compare measures how far the merged model is from that")
+        return lines
 
 
 @dataclass(frozen=True)
