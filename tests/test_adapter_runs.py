@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from scripts import baseline_inference, evaluate_run, infer, merge, train
 from tests.conftest import ROOT
-from utils.exceptions import AdapterError, RunError
+from utils.exceptions import RunError
 
 pytestmark = pytest.mark.slow
 
@@ -139,13 +140,29 @@ def test_a_merge_loads_no_framework_and_is_compared_where_one_is_needed(
     assert "loaded and compared: largest logit difference" in output
     files = [(work / name / "model.safetensors").read_bytes() for name in ("merged", "compared")]
     assert files[0] == files[1]
-    # An adapter on a tied head: only peft knows that the embedding must stay, and its merge moves it.
-    other = write_recipe(work, tiny_llama, "head", lora={"r": 4, "target_modules": ["lm_head"]})
-    assert train.main(["--recipe", other, "--run", str(work / "head")]) == 0
-    with pytest.raises(AdapterError, match="drifts"):
-        merge.main(["--run", str(work / "head")])
-    assert "The merge loads the whole model: base_model.model.lm_head" in capsys.readouterr().err
-    assert not list((work / "head").glob("*merged*"))
+
+
+def test_experts_that_transformers_puts_together_are_merged_in_memory_and_compared(
+    tiny_llama: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = work / "mixture"
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 32}
+    config = Qwen3MoeConfig(vocab_size=49_152, bos_token_id=1, eos_token_id=2, **sizes, **experts)
+    AutoModelForCausalLM.from_config(config).save_pretrained(str(base))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_llama / name, base / name)
+    assert train.main(["--recipe", write_recipe(work, base, "mixture", lora={"r": 2}), "--run", str(work / "run")]) == 0
+    assert merge.main(["--run", str(work / "run")]) == 0
+    output = capsys.readouterr().out
+    assert "loaded and compared: largest logit difference" in output
+    assert "read back" not in output
 
 
 def test_a_run_is_refused_with_another_base_or_with_other_rows_to_draw_from(tiny_llama: Path, work: Path) -> None:

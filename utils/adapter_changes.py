@@ -94,9 +94,13 @@ class BaseTensors:
 
 
 def is_saved_whole(config: Mapping[str, Any], name: str) -> bool:
-    """True for a tensor of a module that `modules_to_save` names; peft compares ends of names."""
-    module = f".{name.rpartition('.')[0]}."
-    return any(f".{wanted}." in module for wanted in config.get("modules_to_save") or ())
+    """True for a tensor of a module that `modules_to_save` names, or of one inside it.
+
+    peft compares ends of names, so that `norm` is also `input_layernorm`.
+    """
+    parts = name.split(".")
+    modules = [".".join(parts[:count]) for count in range(1, len(parts))]
+    return any(module.endswith(str(wanted)) for wanted in config.get("modules_to_save") or () for module in modules)
 
 
 def list_targets(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[str]:

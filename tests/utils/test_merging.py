@@ -48,6 +48,7 @@ def test_a_merge_that_loses_the_adapter_to_rounding_is_refused_and_leaves_nothin
     (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}), encoding="utf-8")
     weights = load_file(base / "model.safetensors")
     weights["model.embed_tokens.weight"] *= 2000  # the tied head of a random model is faint
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     recipe = tmp_path / "recipe.yaml"
     body = {"model": {"name": str(base), "dtype": "float32"}, "data": {"train": "x"}, "lora": {"r": 8}}

@@ -122,9 +122,11 @@ def merge_with_peft(folder: Path, adapters: list[Path]) -> dict[str, torch.Tenso
 
 def check_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], dtype: str) -> None:
     """Equal after rounding, unless float32 arithmetic cannot tell on which side of the middle a number lies."""
+    if "h.0.attn.c_attn.weight" in ours:  # without the outermost module
+        theirs = {name.removeprefix("transformer."): tensor for name, tensor in theirs.items()}
     assert {*theirs} - {*ours} <= {"lm_head.weight"}
     for name, tensor in ours.items():
-        exact = theirs[name if name in theirs else f"transformer.{name}"]
+        exact = theirs[name]
         assert tensor.dtype == DTYPES[dtype], name
         assert tensor.shape == exact.shape, name
         if dtype == "F32":
@@ -199,7 +201,7 @@ def test_a_tied_head_is_merged_once_and_two_different_copies_of_it_are_refused(
 ) -> None:
     folder = folders("tied")
     names = ["lm_head", "model.embed_tokens"]
-    settings = {"target_modules": ["q_proj"], "modules_to_save": names, "ensure_weight_tying": True}
+    settings = {"target_modules": ["q_proj"], "modules_to_save": [*names], "ensure_weight_tying": True}
     adapter = save_adapter(folder, tmp_path / "a", **settings)
     tensors = load_file(adapter / "adapter_model.safetensors")
     embedding = tensors["base_model.model.model.embed_tokens.weight"]
