@@ -26,6 +26,7 @@ from utils.tensor_files import (
     ITEM_BYTES,
     Bytes,
     Floats,
+    announce_read,
     copy_bytes,
     decode,
     encode,
@@ -148,7 +149,7 @@ def split_tensor(tensor: PlannedTensor, source: int, target: int) -> Iterator[Ca
     for start in range(0, rows, step):
         if tensor.source:  # the disk works while the tasks before this one compute
             width = columns * ITEM_BYTES[tensor.source.dtype]
-            os.posix_fadvise(source, tensor.source.offset + start * width, step * width, os.POSIX_FADV_WILLNEED)
+            announce_read(source, tensor.source.offset + start * width, step * width)
 
         def merge(start: int = start, stop: int = min(rows, start + step)) -> int:
             write_rows(tensor, prepared, (source, target), start, stop)

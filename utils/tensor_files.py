@@ -10,6 +10,7 @@ import json
 import math
 import os
 import struct
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,23 +172,38 @@ def write_exactly(descriptor: int, buffer: Bytes, offset: int) -> None:
         done += os.pwrite(descriptor, buffer[done:].data, offset + done)
 
 
+def announce_read(descriptor: int, offset: int, size: int) -> None:
+    """Lets the system fetch bytes from the disk while something else is computed; only Linux is asked."""
+    if sys.platform == "linux":
+        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
+
+def copy_in_kernel(source: int, target: int, size: int, source_offset: int, target_offset: int) -> int:
+    """Copies bytes between two open files without bringing them into the process, as far as Linux can.
+
+    Returns:
+        How many bytes were copied, from the first one on.
+    """
+    done = 0
+    if sys.platform == "linux":
+        try:
+            while done < size:
+                part = min(size - done, COPY_BYTES)
+                if not (count := os.copy_file_range(source, target, part, source_offset + done, target_offset + done)):
+                    break
+                done += count
+        except OSError:  # other file systems, or a full disk, which the caller's own write will show
+            return done
+    return done
+
+
 def copy_bytes(source: int, target: int, size: int, source_offset: int, target_offset: int) -> None:
-    """Copies bytes between two open files inside the kernel, or through a buffer where the file system cannot.
+    """Copies bytes between two open files.
 
     Raises:
         OSError: the source ends too early, or the disk is full.
     """
-    done = 0
-    while done < size:
-        try:
-            count = os.copy_file_range(
-                source, target, min(size - done, COPY_BYTES), source_offset + done, target_offset + done
-            )
-        except OSError:  # another file system, or a kernel without it: the buffer shows any real fault
-            count = 0
-        if count == 0:
-            break
-        done += count
+    done = copy_in_kernel(source, target, size, source_offset, target_offset)
     buffer = np.empty(min(size - done, COPY_BYTES), np.uint8)
     while done < size:
         part = buffer[: min(size - done, COPY_BYTES)]
