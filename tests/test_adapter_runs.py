@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from scripts import baseline_inference, evaluate_run, infer, merge, train
+from tests.conftest import ROOT
 from utils.exceptions import RunError
 
 pytestmark = pytest.mark.slow
@@ -110,10 +115,54 @@ def test_a_quantised_run_is_evaluated_as_it_was_trained_and_merges(
     tiny_llama: Path, work: Path, base: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(work, tiny_llama, "quantised", lora={"r": 4}, model={"quantization": "nf4"})
-    facts, report = run_all(recipe, work / "run", "--base", base)
+    facts, report = run_all(recipe, work / "run", "--base", base, "--compare")
     assert facts["quantization"] == "nf4"
     assert report["metrics"]["loss"]["tuned"] == pytest.approx(facts["best_eval_loss"], abs=1e-4)
     assert "Against what was trained, the nf4 base with the adapter" in capsys.readouterr().out
+
+
+def test_a_merge_loads_no_framework_and_is_compared_where_one_is_needed(
+    tiny_llama: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"added_tokens": ["<say>", "<done>"]}
+    recipe = write_recipe(work, tiny_llama, "light", lora={"r": 4, "variant": "dora"}, data=rows)
+    assert train.main(["--recipe", recipe, "--run", str(work / "run")]) == 0
+    code = "import sys; from scripts import merge; merge.main(sys.argv[1:]); print(sorted({'torch', 'peft'} & {*sys.modules}))"
+    command = [sys.executable, "-c", code, "--run", str(work / "run"), "--out", str(work / "merged")]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n[]\n")
+    assert merge.main(["--run", str(work / "run"), "--out", str(work / "compared"), "--compare"]) == 0
+    output = capsys.readouterr().out
+    assert "equal base + adapter within rounding" in output
+    assert "loaded and compared: largest logit difference" in output
+    files = [(work / name / "model.safetensors").read_bytes() for name in ("merged", "compared")]
+    assert files[0] == files[1]
+
+
+def test_experts_that_transformers_puts_together_are_merged_in_memory_and_compared(
+    tiny_llama: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = work / "mixture"
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 32}
+    config = Qwen3MoeConfig(vocab_size=49_152, bos_token_id=1, eos_token_id=2, **sizes, **experts)
+    AutoModelForCausalLM.from_config(config).save_pretrained(str(base))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_llama / name, base / name)
+    assert train.main(["--recipe", write_recipe(work, base, "mixture", lora={"r": 2}), "--run", str(work / "run")]) == 0
+    assert merge.main(["--run", str(work / "run")]) == 0
+    output = capsys.readouterr().out
+    assert "loaded and compared: largest logit difference" in output
+    assert "read back" not in output
 
 
 def test_a_run_is_refused_with_another_base_or_with_other_rows_to_draw_from(tiny_llama: Path, work: Path) -> None:

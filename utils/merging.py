@@ -1,8 +1,8 @@
-"""Adapter + base → one folder that any tool loads, proven equal before it appears."""
+"""Adapter + base → one folder that any tool loads, read back and compared before it appears."""
 
 from __future__ import annotations
 
-import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +12,23 @@ import numpy.typing as npt
 
 from config.recipe_io import LoadedRecipe
 from config.structured_config import Recipe
-from utils.backends import Backend
+from utils.adapter_changes import NeedsFramework
+from utils.added_tokens import find_added_ids
+from utils.backends import Backend, load_backend
 from utils.batching import Batch, pad_prompts_left
 from utils.checkpoint import write_folder_atomically
 from utils.evaluation import load_trained_model
-from utils.exceptions import AdapterError
-from utils.model_source import ModelSource
+from utils.exceptions import AdapterError, RunError
+from utils.logging import get_logger
+from utils.memory import show_bytes
+from utils.merge_checks import MergeCheck, check_merge
+from utils.merge_companions import plan_config, save_companions, save_config
+from utils.merge_plan import MergePlan, plan_copy, plan_merge
+from utils.model_source import ModelSource, read_config
+from utils.progress import Progress
 from utils.run_folder import RunFolder
+from utils.streaming_merge import write_plan
+from utils.tokenizer_files import load_tokenizer
 from utils.tokenizer_utils import TokenizerUtils
 
 BaseName = Literal["full", "dequantized"]
@@ -58,14 +68,27 @@ class Merge:
 
     Attributes:
         base: what the adapter was folded into, in words.
-        drift: merged model, read back from disk, against the adapter on that same base.
+        check: what was read back and recomputed; None where the framework merged.
+        drift: merged model, read back from disk, against the adapter on that same base; None where it was not asked for.
         trained_drift: merged model against the quantised base with the adapter, which is what was trained; None where
-            nothing was quantised.
+            nothing was quantised, or where it was not asked for.
     """
 
     base: str
-    drift: MergeDrift
+    check: MergeCheck | None = None
+    drift: MergeDrift | None = None
     trained_drift: MergeDrift | None = None
+
+    def describe(self, quantization: str) -> list[str]:
+        """What was verified, in lines; a run on a quantised base was trained on something else than was merged."""
+        lines = [f"Merged ({self.base}) and read back: {self.check}"] if self.check else []
+        lines += [f"Merged ({self.base}), loaded and compared: {self.drift}"] if self.drift else []
+        base = f"the {quantization} base"
+        if self.trained_drift:
+            lines.append(f"Against what was trained, {base} with the adapter: {self.trained_drift}")
+        elif quantization != "none":
+            lines.append(f"The adapter was trained on {base}: --compare measures how far the merged model is from that")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -84,56 +107,161 @@ class Trained:
     tokenizer: TokenizerUtils
 
 
-def merge_run(backend: Backend, run: Trained, target: Path, base: BaseName = "full") -> Merge:
-    """Merges into `target`, reloads it from disk and compares its logits with those of base plus adapter.
+@dataclass(frozen=True)
+class StreamedMerge:
+    """A merge that is decided: the weight files, and config.json."""
+
+    weights: MergePlan
+    config: dict[str, Any]
+
+
+def merge_run(run: Trained, target: Path, base: BaseName = "full", *, compare: bool = False) -> Merge:
+    """Merges into `target`: file to file without a framework where that can be done, else on the back end.
+
+    What is written is read back before the folder appears. On the back end, or with `compare`, the merged model is loaded
+    and its logits are compared with those of base plus adapter.
 
     Args:
         base: what the adapter of a quantised run is folded into: the full-precision base, or the dequantised one, which is
             what was trained but for rounding.
 
     Raises:
-        AdapterError: the merged model does not predict what the adapter predicts; nothing is left behind.
+        AdapterError: the adapter does not fit, or the merged model does not predict what the adapter predicts; nothing is
+            left behind.
     """
-    model = run.loaded.recipe.model
-    plain = run.loaded.recipe.model_copy(update={"model": model.model_copy(update={"quantization": "none"})})
-    batch = make_probe_batch(run.tokenizer)
-    trained = compute_trained_logits(backend, run, batch) if model.quantization != "none" else None
-    adapted, name = load_adapted(backend, run, plain, base)
-    expected = backend.compute_logits(adapted, batch)
-    merged = backend.merge_adapter(adapted)
+    try:
+        streamed = plan_streaming(run, base)
+    except NeedsFramework as reason:
+        get_logger().info("The merge loads the whole model: %s", reason)
+        return merge_on_backend(load_backend(run.loaded.recipe.backend), run, target, base)
+    comparison = Comparison(load_backend(run.loaded.recipe.backend), run, "full") if compare else None
+    found: list[Merge] = []
+
+    def write(temporary: Path) -> None:
+        total = sum(file.size for file in streamed.weights.files)
+        with Progress("Merging", total >> 20, "MB") as progress:
+            done = 0
+            for count in write_plan(streamed.weights, temporary):
+                progress.advance(((done + count) >> 20) - (done >> 20))
+                done += count
+        save_config(run.source, streamed.config, temporary)
+        save_companions(run.tokenizer, temporary)
+        check = check_merge(streamed.weights, temporary)
+        drifts = comparison.measure(temporary, target) if comparison else (None, None)
+        found.append(Merge(describe_base(run, base), check, *drifts))
+
+    check_room(target, sum(file.size for file in streamed.weights.files))
+    write_folder_atomically(target, write)
+    return found[0]
+
+
+def plan_streaming(run: Trained, base: BaseName) -> StreamedMerge:
+    """Decides a merge without a framework, before anything is written.
+
+    Raises:
+        NeedsFramework: it cannot be done without one.
+        AdapterError: the adapter does not fit.
+    """
+    recipe, source = run.loaded.recipe, run.source
+    if base == "dequantized":
+        raise NeedsFramework("only the library that quantised the base knows what it stands for")
+    if not run.folder.adapter.is_dir():
+        dtype = find_stored_dtype(source)
+        config = read_config(run.folder.model, str(run.folder.model))
+        return StreamedMerge(plan_copy(run.folder.model, dtype), {**config, "dtype": dtype})
+    added_ids: tuple[int, ...] = ()
+    if recipe.data.added_tokens:
+        added_ids = find_added_ids(load_tokenizer(source.folder), recipe.data.added_tokens)
+    adapters = [*([source.adapter] if source.adapter else []), run.folder.adapter]
+    weights = plan_merge(source, adapters, added_ids, recipe.reward is not None)
+    return StreamedMerge(weights, plan_config(source, run.tokenizer, weights.vocabulary, recipe.reward is not None))
+
+
+def check_room(target: Path, size: int) -> None:
+    """Refuses a merge that the disk cannot hold, before it is filled.
+
+    Raises:
+        RunError: not enough free space.
+    """
+    folder = next(path for path in target.absolute().parents if path.is_dir())
+    if size > (free := shutil.disk_usage(folder).free):
+        message = f"the merged model needs {show_bytes(size)}, and {show_bytes(free)} are free in {folder}"
+        raise RunError(
+            message, where=str(target), fix="free disk space, or name another folder with --out", code="disk"
+        )
+
+
+class Comparison:
+    """The adapter's logits on its base, and the comparison of a merged folder with them."""
+
+    def __init__(self, backend: Backend, run: Trained, base: BaseName) -> None:
+        """Loads base and adapter, and computes what they predict."""
+        model = run.loaded.recipe.model
+        plain = model.model_copy(update={"quantization": "none"})
+        self.backend, self.plain = backend, run.loaded.recipe.model_copy(update={"model": plain})
+        self.batch = make_probe_batch(run.tokenizer)
+        quantised = model.quantization != "none"
+        self.trained = compute_trained_logits(backend, run, self.batch) if quantised else None
+        self.adapted = load_adapted(backend, run, self.plain, base)
+        self.expected = backend.compute_logits(self.adapted, self.batch)
+
+    def measure(self, folder: Path, target: Path) -> tuple[MergeDrift, MergeDrift | None]:
+        """Loads a merged folder and compares it: with the adapter on its base, and with what was trained if that differs.
+
+        Raises:
+            AdapterError: it drifts.
+        """
+        reloaded = self.backend.load_model(ModelSource(str(folder), folder, {}), self.plain)
+        got = self.backend.compute_logits(reloaded, self.batch)
+        drift = measure_drift(self.expected, got)
+        if not drift.mean_divergence <= MAX_DIVERGENCE:  # also true for NaN
+            fix = "keep base and adapter apart: scripts/infer.py --run reads them"
+            raise AdapterError(f"the merged model drifts: {drift}", where=str(target), fix=fix, code="merge-drift")
+        return drift, None if self.trained is None else measure_drift(self.trained, got)
+
+
+def merge_on_backend(backend: Backend, run: Trained, target: Path, base: BaseName) -> Merge:
+    """Merges with the whole model in memory, reloads it from disk and compares its logits.
+
+    Raises:
+        AdapterError: as `merge_run`.
+    """
+    comparison = Comparison(backend, run, base)
+    merged = backend.merge_adapter(comparison.adapted)
     found: list[Merge] = []
 
     def write(temporary: Path) -> None:
         backend.save_merged(merged, temporary, find_stored_dtype(run.source))
         save_companions(run.tokenizer, temporary)
-        reloaded = backend.load_model(ModelSource(str(temporary), temporary, {}), plain)
-        got = backend.compute_logits(reloaded, batch)
-        drift = measure_drift(expected, got)
-        if not drift.mean_divergence <= MAX_DIVERGENCE:  # also true for NaN
-            fix = "keep base and adapter apart: scripts/infer.py --run reads them"
-            raise AdapterError(f"the merged model drifts: {drift}", where=str(target), fix=fix, code="merge-drift")
-        found.append(Merge(name, drift, None if trained is None else measure_drift(trained, got)))
+        drift, trained_drift = comparison.measure(temporary, target)
+        found.append(Merge(describe_base(run, base), None, drift, trained_drift))
 
     write_folder_atomically(target, write)
     return found[0]
 
 
-def load_adapted(backend: Backend, run: Trained, plain: Recipe, base: BaseName) -> tuple[Any, str]:
-    """Base with adapter as it is going to be merged, and what it stands on in words; the whole model if all was trained.
+def describe_base(run: Trained, base: BaseName) -> str:
+    """What the adapter was folded into, in words."""
+    if not run.folder.adapter.is_dir():
+        return "a copy: all weights were trained"
+    if base == "dequantized":
+        return f"into what {run.loaded.recipe.model.quantization} made of the base"
+    return "into the full-precision base"
+
+
+def load_adapted(backend: Backend, run: Trained, plain: Recipe, base: BaseName) -> Any:
+    """Base with adapter as it is going to be merged; the whole model if all was trained.
 
     Args:
         plain: the recipe with a base that is not quantised.
     """
     if not run.folder.adapter.is_dir():
-        return load_trained_model(backend, None, plain, run.folder), "a copy: all weights were trained"
-    recipe = run.loaded.recipe
-    if recipe.model.quantization != "none" and base == "dequantized":
-        dequantised = backend.dequantize(backend.load_model(run.source, recipe))
-        return backend.load_adapter(
-            dequantised, run.folder.adapter
-        ), f"into what {recipe.model.quantization} made of the base"
-    full = backend.load_model(run.source, plain)
-    return backend.load_adapter(full, run.folder.adapter), "into the full-precision base"
+        return load_trained_model(backend, None, plain, run.folder)
+    if base == "dequantized":
+        model = backend.dequantize(backend.load_model(run.source, run.loaded.recipe))
+    else:
+        model = backend.load_model(run.source, plain)
+    return backend.load_adapter(model, run.folder.adapter)
 
 
 def compute_trained_logits(backend: Backend, run: Trained, batch: Batch) -> npt.NDArray[np.float32]:
@@ -151,15 +279,6 @@ def make_probe_batch(tokenizer: TokenizerUtils) -> Batch:
     """The probe prompts as the run's model is asked them."""
     prompts = [tokenizer.encode_prompt([{"role": "user", "content": text}]) for text in PROBES]
     return pad_prompts_left(prompts, tokenizer.tokenizer.pad_token_id)
-
-
-def save_companions(tokenizer: TokenizerUtils, folder: Path) -> None:
-    """Tokenizer with the template of the training, and a generation config that stops where the training stopped."""
-    tokenizer.save(folder)
-    path = folder / "generation_config.json"
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    config["eos_token_id"] = tokenizer.find_stop_ids()
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def measure_drift(expected: npt.NDArray[np.float32], got: npt.NDArray[np.float32]) -> MergeDrift:

@@ -48,6 +48,7 @@ def test_a_merge_that_loses_the_adapter_to_rounding_is_refused_and_leaves_nothin
     (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}), encoding="utf-8")
     weights = load_file(base / "model.safetensors")
     weights["model.embed_tokens.weight"] *= 2000  # the tied head of a random model is faint
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     recipe = tmp_path / "recipe.yaml"
     body = {"model": {"name": str(base), "dtype": "float32"}, "data": {"train": "x"}, "lora": {"r": 8}}
@@ -63,7 +64,7 @@ def test_a_merge_that_loses_the_adapter_to_rounding_is_refused_and_leaves_nothin
     torch_backend.save_weights(model, folder.adapter)
     tokenizer = TokenizerUtils(load_tokenizer(base))
     with pytest.raises(AdapterError, match="drifts"):
-        merge_run(torch_backend, Trained(loaded, source, folder, tokenizer), tmp_path / "merged")
+        merge_run(Trained(loaded, source, folder, tokenizer), tmp_path / "merged", compare=True)
     assert not list(tmp_path.glob("*merged*"))
 
 
@@ -98,9 +99,10 @@ def test_a_quantised_run_merges_into_either_base_and_the_distance_from_what_was_
 ) -> None:
     # The adapter has learned to make up for the rounding of its base, so on the full-precision base it is another model.
     run = finish_run(tiny_llama, tmp_path / "run", {"model": {"quantization": kind}, "lora": {"r": 4}})
-    full = merge_run(torch_backend, run, tmp_path / "full")
-    dequantised = merge_run(torch_backend, run, tmp_path / "dequantised", "dequantized")
+    full = merge_run(run, tmp_path / "full", compare=True)
+    dequantised = merge_run(run, tmp_path / "dequantised", "dequantized")
     for merge in (full, dequantised):
+        assert merge.drift is not None
         assert merge.drift.mean_divergence < 1e-8  # integrity: the same numbers after writing and reading
         assert merge.trained_drift is not None
     assert full.trained_drift is not None
@@ -121,8 +123,10 @@ def test_a_run_that_trained_all_weights_is_copied_in_the_number_format_of_its_ba
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}), encoding="utf-8")
     run = finish_run(base, tmp_path / "run", {})
-    merge: Merge = merge_run(torch_backend, run, tmp_path / "merged")
+    merge: Merge = merge_run(run, tmp_path / "merged", compare=True)
     assert merge.base.startswith("a copy")
+    assert merge.drift is not None
+    assert merge.check is not None
     assert merge.trained_drift is None
     copied = load_file(tmp_path / "merged" / "model.safetensors")
     trained = load_file(run.folder.model / "model.safetensors")
