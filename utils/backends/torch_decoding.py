@@ -257,7 +257,7 @@ class Decoder:
             if window is not None:
                 mask &= columns > positions[:, None] - window
             mask = mask[:, None, None, :]
-            if self.network.config._attn_implementation != "sdpa":
+            if self.network.config._attn_implementation == "eager":
                 lowest = torch.finfo(self.network.dtype).min
                 mask = torch.zeros(mask.shape, dtype=self.network.dtype, device=self.device).masked_fill_(~mask, lowest)
             masks[kind] = mask
