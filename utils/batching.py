@@ -96,6 +96,37 @@ def make_micro_batches(
     return [pad_rows([ordered[index] for index in group], pad_token_id) for group in groups]
 
 
+def halve_batches(batches: Sequence[Batch]) -> list[Batch]:
+    """The same rows in forward passes of half as many; a pass of one row stays as it is.
+
+    The sum over all tokens of a step, and so its gradient, does not change.
+    """
+    halves = []
+    for batch in batches:
+        count = len(batch.lengths)
+        middle = -(-count // 2)
+        parts = [slice(0, middle), slice(middle, count)] if count > 1 else [slice(0, 1)]
+        halves += [take_rows(batch, part) for part in parts]
+    return halves
+
+
+def take_rows(batch: Batch, rows: slice) -> Batch:
+    """Some rows of a batch, without the columns that were padding in all of them."""
+    lengths = batch.lengths[rows]
+    longest = int(lengths.max())
+    mask = None if batch.attention_mask is None else batch.attention_mask[rows, :longest]
+    return Batch(
+        input_ids=batch.input_ids[rows, :longest],
+        attention_mask=None if mask is None or mask.all() else mask,
+        loss_mask=batch.loss_mask[rows, :longest],
+        position_ids=None if batch.position_ids is None else batch.position_ids[rows, :longest],
+        lengths=lengths,
+        segments=None if batch.segments is None else batch.segments[rows, :longest],
+        reference=None if batch.reference is None else batch.reference[rows],
+        mismatched=None if batch.mismatched is None else take_rows(batch.mismatched, rows),
+    )
+
+
 def group_rows(count: int, size: int, *, evenly: bool) -> list[list[int]]:
     """Which rows share a forward pass, as indices into rows that are sorted by length, the longest first.
 

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from utils.exceptions import MachineError
-from utils.machine import count_workers
+from utils.machine import count_usable_bytes, count_workers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -78,6 +78,7 @@ class DeviceManager:
                 torch.set_num_threads(1)
                 reasons.append("1 thread for each operation: more are not quicker here")
             self.keep_freed_pages()
+            self.limit_memory()
         memory = self.measure_memory(device)
         return MachinePlan(device, self.name_device(device), DTYPES[dtype], memory, workers, tuple(reasons))
 
@@ -142,6 +143,16 @@ class DeviceManager:
 
         single = measure(1)
         return threads > 1 and measure(threads) < single * 0.8
+
+    @staticmethod
+    def limit_memory() -> None:
+        """Makes an allocation beyond all memory there is fail, so that a run can react; otherwise Linux kills the process."""
+        if sys.platform != "linux":
+            return
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        most = count_usable_bytes()
+        if soft == resource.RLIM_INFINITY or soft > most:
+            resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
     @staticmethod
     def keep_freed_pages() -> None:

@@ -80,6 +80,12 @@ class MachineError(TunebookError):
     code = "machine"
 
 
+class OutOfMemory(MachineError):
+    """The memory of this machine does not hold what a step needs; gradients are gone, weights are as they were."""
+
+    code = "memory"
+
+
 class ModelLoadingError(MachineError):
     """The model's files are absent, incomplete or not loadable here."""
 

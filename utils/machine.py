@@ -156,13 +156,23 @@ def measure_memory() -> tuple[int, int]:
     return total, available
 
 
+def count_usable_bytes() -> int:
+    """Bytes that a process can fill at most: all memory that this one may use, and the swap space."""
+    return measure_memory()[0] + (read_meminfo("SwapTotal") or 0)
+
+
 def read_available_memory() -> int | None:
-    """MemAvailable of /proc/meminfo in bytes; None where the system has no such file."""
+    """Bytes that programs can still get without swapping; None where the system does not say."""
+    return read_meminfo("MemAvailable")
+
+
+def read_meminfo(name: str) -> int | None:
+    """A line of /proc/meminfo in bytes; None where the system has no such file."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:")), None)
 
 
 def iterate_cgroup_limits(

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from config.structured_config import TrainingSection
 from utils.backends import StepResult, TrainStep
-from utils.batching import Batch
+from utils.batching import Batch, halve_batches
 from utils.checkpoint import rotate_checkpoints, save_checkpoint
 from utils.cli import STARTED
-from utils.exceptions import TrainingError
+from utils.exceptions import OutOfMemory, TrainingError
 from utils.logging import get_logger
 from utils.methods.sft import SftBatches
 from utils.preflight import RunPlan
@@ -25,6 +25,8 @@ from utils.progress import Progress
 from utils.run_folder import RunFolder
 from utils.schedules import compute_learning_rate
 from utils.tracking import Tracker
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class LoopParts:
         evaluate: measures the held-out rows, or None where no rows are held out.
         save_weights: writes the trained weights into a folder.
         find_warning: (step, its result) → what is wrong with a young run, in words, or None.
+        rehearses: the heaviest step is tried before the first one, because it may not fit into memory.
     """
 
     step: TrainStep
@@ -60,6 +63,7 @@ class LoopParts:
     folder: RunFolder
     tracker: Tracker
     find_warning: Callable[[int, StepResult], str | None] | None = None
+    rehearses: bool = False
 
 
 @dataclass
@@ -80,6 +84,7 @@ class TrainingState:
     evaluations_without_gain: int = 0
     evaluated_at: int = 0
     saved_at: int = 0
+    halvings: int = 0
     stop_reason: str | None = None
     signal_number: int | None = None
 
@@ -96,6 +101,9 @@ def train(parts: LoopParts) -> TrainingState:
         TrainingError: a loss or gradient that is not finite; the last good weights are on disk.
     """
     state = TrainingState()
+    if parts.rehearses:
+        get_logger().info("Trying the heaviest step first: it may not fit into memory")
+        take_fitting(state, parts.batches.find_heaviest_step(), parts.step.rehearse)
     with listen_for_signals(state), Progress("Training", parts.plan.total_steps, "steps") as progress:
         for epoch, micro_batches in iterate_steps(parts.batches, parts.plan.total_steps):
             take_step(parts, state, micro_batches, epoch)
@@ -145,13 +153,40 @@ def take_step(parts: LoopParts, state: TrainingState, micro_batches: Sequence[Ba
     learning_rate = find_learning_rate(parts, state.step + 1)
     started = time.perf_counter()
     try:
-        result = parts.step.step(micro_batches, learning_rate)
+        result = take_fitting(state, micro_batches, lambda batches: parts.step.step(batches, learning_rate))
     except TrainingError as error:
         where = f"step {state.step + 1}"
         raise TrainingError(
             error.problems[0].message, where=where, fix=error.problems[0].fix, code="not-finite"
         ) from error
     record_step(parts, state, result, learning_rate, epoch, time.perf_counter() - started)
+
+
+def take_fitting(
+    state: TrainingState, micro_batches: Sequence[Batch], take: Callable[[Sequence[Batch]], Result]
+) -> Result:
+    """Takes a step; where memory runs out, takes it again with half the rows in each forward pass, from then on.
+
+    The rows of the step, and so its gradient, stay the same.
+
+    Raises:
+        OutOfMemory: a single row does not fit.
+    """
+    for _ in range(state.halvings):
+        micro_batches = halve_batches(micro_batches)
+    while True:
+        try:
+            return take(micro_batches)
+        except OutOfMemory:
+            largest = max(len(batch.lengths) for batch in micro_batches)
+            if largest == 1:
+                raise
+            micro_batches = halve_batches(micro_batches)
+            state.halvings += 1
+            message = (
+                "Step %d: out of memory with %d rows in a forward pass; going on with %d, and the same rows in a step"
+            )
+            get_logger().warning(message, state.step + 1, largest, -(-largest // 2))
 
 
 def find_learning_rate(parts: LoopParts, step: int) -> float:

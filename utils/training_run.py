@@ -17,6 +17,7 @@ from utils.checkpoint import STATE, write_folder_atomically
 from utils.cli import STARTED
 from utils.evaluation import compute_mean_loss, continue_text, make_scorer, measure_losses
 from utils.logging import get_logger, hide_secrets
+from utils.machine import inspect_machine
 from utils.methods.preference import PreferenceWatch, ReferenceCache, measure_held_out, reference_pairs
 from utils.methods.sft import SftBatches
 from utils.piece_encoder import EncodedExample
@@ -130,7 +131,16 @@ def make_parts(run: PreparedRun, tracker: Tracker) -> LoopParts:
         folder=run.folder,
         tracker=tracker,
         find_warning=watch,
+        rehearses=may_not_fit(run),
     )
+
+
+def may_not_fit(run: PreparedRun) -> bool:
+    """True if `micro_batch_size` was chosen automatically and memory may not hold it: more than half of what is free is
+    predicted to be needed, or nothing is."""
+    is_automatic = run.loaded.origins.get("training.micro_batch_size", "").startswith("auto")
+    predicted, free = run.preflight.resources.memory, inspect_machine().available_bytes
+    return is_automatic and (predicted is None or free is None or predicted.total > free / 2)
 
 
 def make_evaluate(run: PreparedRun) -> Callable[[], HeldOut]:
@@ -238,6 +248,7 @@ def summarise(run: PreparedRun, state: TrainingState) -> dict[str, Any]:
     return {
         "status": "stopped" if state.signal_number is not None else "finished",
         "stop_reason": state.stop_reason,
+        "halvings": state.halvings,
         "steps": state.step,
         "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens,

@@ -125,6 +125,9 @@ def ignore(count: int) -> None:
 class TrainStep(Protocol):
     """One optimizer with its state."""
 
+    def rehearse(self, micro_batches: Sequence[Batch]) -> None:
+        """Takes a step that changes nothing, to see whether it fits; raises OutOfMemory where it does not."""
+
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Takes one optimizer step over all micro-batches; raises TrainingError before it if a number is not finite."""
 

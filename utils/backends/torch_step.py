@@ -15,7 +15,7 @@ from utils.backends.torch_model import TorchModel
 from utils.backends.torch_optimizer import attach_noise, build_optimizer, enable_checkpointing, set_learning_rate
 from utils.backends.torch_preference import Numbers, average_rewards, make_objective
 from utils.batching import Batch
-from utils.exceptions import TrainingError
+from utils.exceptions import OutOfMemory, TrainingError
 
 
 class TorchTrainStep:
@@ -42,6 +42,7 @@ class TorchTrainStep:
 
         Raises:
             TrainingError: loss or gradient is not finite; the weights are as they were before the step.
+            OutOfMemory: a forward or backward pass does not fit; the weights are as they were.
         """
         supervised = sum(batch.supervised_tokens for batch in micro_batches)
         if supervised == 0:
@@ -49,7 +50,12 @@ class TorchTrainStep:
         micro_batches = self.objective.prepare(micro_batches)
         count = self.objective.count(micro_batches)
         self.model.network.train()
-        loss = self._accumulate(micro_batches, count)
+        try:
+            loss = self._accumulate(micro_batches, count)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            self.optimizer.zero_grad()
+            raise_if_out_of_memory(error)
+            raise
         limit = self.training.max_grad_norm or math.inf
         norm = float(self.model.accelerator.clip_grad_norm_(self.parameters, limit))
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -66,6 +72,16 @@ class TorchTrainStep:
         pairs = sum(len(batch.lengths) for batch in micro_batches)
         numbers = average_rewards(self.sums, pairs, (chosen, rejected))
         return StepResult(loss, norm, tokens, supervised, pairs=count, answers=(chosen, rejected), numbers=numbers)
+
+    def rehearse(self, micro_batches: Sequence[Batch]) -> None:
+        """Takes a step at rate 0 and forgets it: weights, optimizer and random numbers are what they were.
+
+        Raises:
+            OutOfMemory: a forward or backward pass does not fit.
+        """
+        with torch.random.fork_rng():
+            self.step(micro_batches, 0.0)
+        self.optimizer.state.clear()
 
     def _accumulate(self, micro_batches: Sequence[Batch], count: int) -> float:
         """Adds up gradients, loss and further sums over the micro-batches, always in their order, whoever finishes first."""
@@ -99,6 +115,22 @@ class TorchTrainStep:
         """Adds a micro-batch's sums to those of the step."""
         for name, value in numbers.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+
+
+def raise_if_out_of_memory(error: Exception) -> None:
+    """Says in one word what CUDA, Metal and the CPU's allocator each say in their own.
+
+    Raises:
+        OutOfMemory: that is what the error means.
+    """
+    text = str(error)
+    is_ours = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if is_ours or "can't allocate memory" in text or "out of memory" in text.lower():
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        message = "the memory does not hold the forward pass of one row and its gradients"
+        fix = "lower data.max_length, set training.gradient_checkpointing: true, or take a smaller model"
+        raise OutOfMemory(message, where="training.micro_batch_size", fix=fix) from error
 
 
 def make_step(model: TorchModel, recipe: Recipe) -> TorchTrainStep:

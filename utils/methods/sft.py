@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
 
 from config.structured_config import DataSection
 from utils.batching import Batch, iterate_windows, make_micro_batches
@@ -14,6 +17,7 @@ from utils.problem_log import ProblemLog
 from utils.tokenizer_utils import TokenizerUtils, fit_length
 
 SHOWN_PLACES = 5
+MAX_WINDOWS = 5000  # of which the heaviest step is looked for
 
 
 @dataclass
@@ -115,13 +119,23 @@ class SftBatches:
         """Optimizer steps in which every example is seen once."""
         return -(-len(self.examples) // self.batch_size)
 
+    def find_heaviest_step(self) -> list[Batch]:
+        """The micro-batches of the first epoch's step that has the most tokens."""
+        windows = iterate_windows(len(self.examples), self.batch_size, self.seed, 0)
+        lengths = np.array([len(example.input_ids) for example in self.examples])
+        heaviest = max(islice(windows, MAX_WINDOWS), key=lambda window: int(lengths[window].sum()))
+        return self.cut([self.examples[index] for index in heaviest])
+
+    def cut(self, chosen: Sequence[EncodedExample]) -> list[Batch]:
+        """The micro-batches of a step."""
+        return make_micro_batches(
+            chosen, self.micro_batch_size, self.pad_token_id, pack_length=self.pack_length, evenly=self.evenly
+        )
+
     def iterate_epoch(self, epoch: int) -> Iterator[list[Batch]]:
         """Yields the micro-batches of each optimizer step, in this epoch's order."""
         for window in iterate_windows(len(self.examples), self.batch_size, self.seed, epoch):
-            chosen = [self.examples[index] for index in window]
-            yield make_micro_batches(
-                chosen, self.micro_batch_size, self.pad_token_id, pack_length=self.pack_length, evenly=self.evenly
-            )
+            yield self.cut([self.examples[index] for index in window])
 
 
 def make_evaluation_batches(examples: Sequence[EncodedExample], batch_size: int, pad_token_id: int) -> list[Batch]:
