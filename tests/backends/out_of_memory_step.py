@@ -43,8 +43,7 @@ def main() -> None:
     batches = make_micro_batches(make_examples([(1900, 10)] * 8), 8, PAD)
     try:
         take_fitting(state, batches, step.rehearse)
-        for _ in range(2):
-            losses.append(take_fitting(state, batches, lambda chosen: step.step(chosen, 1e-2)).loss)
+        losses += [take_fitting(state, batches, lambda chosen: step.step(chosen, 1e-2)).loss for _ in range(2)]
     except OutOfMemory as error:
         print(json.dumps({"error": str(error), "halvings": state.halvings}))
         return
