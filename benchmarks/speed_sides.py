@@ -1,0 +1,333 @@
+"""The sides of the speed benchmark: Tunebook as users run it, and each peer in an environment of its own.
+
+A side is a command in a new process. From outside come its start and its peak memory; from its own files the rest. Tunebook
+writes a row of metrics.jsonl at the end of each step, and the time at which that row appears is the step's end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed_work import PreparedWork
+from utils.machine import inspect_machine
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ROOT / "benchmarks" / "peers"
+ENVIRONMENTS = ROOT / ".bench"
+INSTALLED = ".installed"
+LOOK_EVERY = 0.01  # seconds between two looks at a run
+OURS = "tunebook"
+
+
+@dataclass(frozen=True)
+class Side:
+    """Who does the work.
+
+    Attributes:
+        script: in peers/, None for Tunebook.
+        environment: folder in .bench/, and `requirements_<environment>.txt` in peers/; None for Tunebook's own.
+        tuned: what the job says to the script.
+        works: names of the works that it can do; empty for all.
+        needs: `cuda` where it does not run without.
+        steps_without_bfloat16: at most so many steps where bfloat16 is not native, because each takes minutes there.
+        prepares: whether the script has something to do once before its first run, which is not timed.
+        says: how it is set, for the page.
+    """
+
+    name: str
+    title: str
+    script: str | None = None
+    environment: str | None = None
+    tuned: bool = False
+    works: tuple[str, ...] = ()
+    needs: str | None = None
+    steps_without_bfloat16: int | None = None
+    prepares: bool = False
+    says: str = ""
+
+    def find_obstacle(self, work: str) -> str | None:
+        """Why it does not do a work here, in words; None if it does."""
+        if self.needs == "cuda" and inspect_machine().device != "cuda":
+            return "needs an NVIDIA GPU"
+        return "not a work of this side" if self.works and work not in self.works else None
+
+    def limit_steps(self, steps: int) -> int:
+        """Steps that it takes on this machine; at least two, because the first is not counted."""
+        is_slow = self.steps_without_bfloat16 is not None and not inspect_machine().quick_bfloat16
+        return min(steps, self.steps_without_bfloat16 or steps) if is_slow else steps
+
+
+ADAPTER_WORKS = ("short", "medium", "long")
+SIDES = {
+    side.name: side
+    for side in (
+        Side(
+            OURS,
+            "Tunebook",
+            says="`scripts/train.py` with a recipe that names rows, batch, rate and rank, nothing else",
+        ),
+        Side(
+            "trl",
+            "TRL as it comes",
+            "run_trl.py",
+            "trl",
+            steps_without_bfloat16=2,
+            says="its trainers' own defaults: gradient checkpointing, bfloat16 autocast, one batch of all rows",
+        ),
+        Side(
+            "trl_tuned",
+            "TRL tuned",
+            "run_trl.py",
+            "trl",
+            tuned=True,
+            says="no checkpointing, micro-batches of 2 rows of like length, no autocast, Tunebook's allocator settings",
+        ),
+        Side(
+            "llama_factory",
+            "LLaMA-Factory",
+            "run_llama_factory.py",
+            "llama_factory",
+            works=(*ADAPTER_WORKS, "full"),
+            says="its own defaults: gradient checkpointing, one batch of all rows, padding to a multiple of 8",
+        ),
+        Side(
+            "litgpt",
+            "LitGPT",
+            "run_litgpt.py",
+            "litgpt",
+            works=ADAPTER_WORKS,
+            prepares=True,
+            says="`finetune_lora` with one batch of all rows, float32 where bfloat16 is not native; model converted beforehand",
+        ),
+        Side(
+            "mlx_lm",
+            "mlx-lm",
+            "run_mlx_lm.py",
+            "mlx_lm",
+            works=("short", "medium"),
+            says="adapters in all layers, no pad learned, float32 on a CPU; its mask knows one answer in a row, not several",
+        ),
+        Side("unsloth", "Unsloth", needs="cuda"),
+        Side("liger", "TRL with Liger kernels", needs="cuda"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run of one side, as plain numbers.
+
+    Attributes:
+        cold: whether Tunebook had to encode the rows; peers always do what they do.
+        started: seconds since the epoch, before the process was made.
+        ends: when each step ended, on the same clock.
+        tokens: real ones that the side saw in each step, by its own count; `supervised` those that it learned.
+        norms: gradient norm of each step before clipping; None where the side keeps none.
+        error: last words of a run that failed; the rest is then empty.
+    """
+
+    side: str
+    work: str
+    round: int
+    cold: bool
+    started: float
+    ends: list[float]
+    tokens: list[int]
+    supervised: list[int]
+    losses: list[float]
+    norms: list[float | None]
+    trainable: int
+    peak_bytes: int
+    dtype: str
+    versions: dict[str, str]
+    error: str | None = None
+
+
+def prepare_environment(name: str) -> str | None:
+    """Makes a peer's environment under .bench/ once; returns why it cannot be made, or None."""
+    folder, requirements = ENVIRONMENTS / name, PEERS / f"requirements_{name}.txt"
+    wanted = requirements.read_text(encoding="utf-8")
+    stamp = folder / INSTALLED
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
+        return None
+    print(f"Installing {folder.relative_to(ROOT)} …", flush=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
+    for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], [*pip, "-r", str(requirements)]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            return find_last_words(done.stderr)
+    stamp.write_text(wanted, encoding="utf-8")
+    return None
+
+
+def find_last_words(text: str) -> str:
+    """The last line that is not empty."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no message"
+
+
+@contextmanager
+def hold_lock(path: Path | None) -> Iterator[None]:
+    """Waits until no other benchmark on this machine holds the same lock."""
+    if path is None:
+        yield
+        return
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Where and how long a run may take place.
+
+    Attributes:
+        number: the round, from 0; in the first one Tunebook's cache of tokens is empty.
+        folder: empty, for this run alone.
+        cache: Tunebook's cache folder for this work.
+        limit: seconds after which the run is ended.
+    """
+
+    number: int
+    folder: Path
+    cache: Path
+    limit: float
+
+
+def run_side(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measurement:
+    """Runs a side once."""
+    return (run_tunebook if side.script is None else run_peer)(side, prepared, attempt)
+
+
+def run_tunebook(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measurement:
+    """`scripts/train.py` on the recipe of the work."""
+    number, cache, folder = attempt.number, attempt.cache, attempt.folder
+    cold, run = not (cache / "filled").exists(), folder / "run"
+    recipe = prepared.folder / "recipe.yaml"
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe", str(recipe), "--run", str(run)]
+    ends: list[float] = []
+    watch = watch_lines(run / "metrics.jsonl", ends)
+    started, peak, error = execute(command, {"TUNEBOOK_CACHE": str(cache)}, attempt, watch)
+    if error:
+        return make_failure(side, prepared, number, started, error)
+    (cache / "filled").touch()
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return Measurement(
+        side=side.name,
+        work=prepared.work.name,
+        round=number,
+        cold=cold,
+        started=started,
+        ends=ends,
+        tokens=[row["tokens"] for row in rows],
+        supervised=[row["supervised_tokens"] for row in rows],
+        losses=[row["loss"] for row in rows],
+        norms=[row["grad_norm"] for row in rows],
+        trainable=facts["trainable_parameters"],
+        peak_bytes=peak,
+        dtype=facts["dtype"],
+        versions={name: facts["versions"][name] for name in ("torch", "transformers", "peft")},
+    )
+
+
+def run_peer(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measurement:
+    """A peer's script on the job of the work."""
+    number, folder = attempt.number, attempt.folder
+    steps = side.limit_steps(prepared.steps)
+    job, target = prepared.write_job(folder, tuned=side.tuned, steps=steps), folder / "result.json"
+    python = ENVIRONMENTS / str(side.environment) / "bin" / "python"
+    command = [str(python), str(PEERS / str(side.script)), str(job), str(target)]
+    if side.prepares and number == 0:
+        started, _, error = execute([*command, "--prepare"], {}, attempt, lambda: None)
+        if error:
+            return make_failure(side, prepared, number, started, error)
+    started, peak, error = execute(command, {}, attempt, lambda: None)
+    if error:
+        return make_failure(side, prepared, number, started, error)
+    result: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+    return Measurement(
+        side=side.name,
+        work=prepared.work.name,
+        round=number,
+        cold=True,
+        started=started,
+        ends=result["step_ends"],
+        tokens=result["tokens"],
+        supervised=result["supervised_tokens"],
+        losses=result["losses"],
+        norms=result["gradient_norms"],
+        trainable=result["trainable_parameters"],
+        peak_bytes=peak,
+        dtype=result["dtype"],
+        versions=result["versions"],
+    )
+
+
+def make_failure(side: Side, prepared: PreparedWork, number: int, started: float, error: str) -> Measurement:
+    """A run that ended with an error."""
+    return Measurement(side.name, prepared.work.name, number, False, started, [], [], [], [], [], 0, 0, "", {}, error)
+
+
+def execute(
+    command: list[str], variables: dict[str, str], attempt: Attempt, look: Callable[[], None]
+) -> tuple[float, int, str | None]:
+    """Runs a command to its end.
+
+    Args:
+        look: called every 10 ms meanwhile.
+
+    Returns:
+        Seconds since the epoch at the start, peak resident bytes of the largest process, and the last words if it failed.
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", **variables}
+    environment.pop("PYTHONPATH", None)
+    with (attempt.folder / "output.txt").open("w+", encoding="utf-8", errors="replace") as output:
+        started = time.time()
+        process = subprocess.Popen(
+            command, cwd=attempt.folder, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            look()
+            time.sleep(LOOK_EVERY)
+            if time.time() - started > attempt.limit:
+                process.kill()
+        look()
+        process.returncode = os.waitstatus_to_exitcode(status)  # wait4 has taken it away from Popen
+        output.seek(0)
+        error = find_last_words(output.read()) if process.returncode else None
+        if process.returncode == -signal.SIGKILL and time.time() - started > attempt.limit:
+            error = f"not done after {attempt.limit:.0f} s"
+    return started, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), error
+
+
+def watch_lines(path: Path, ends: list[float]) -> Callable[[], None]:
+    """A look that notes the time whenever a file has grown by a line."""
+    position = 0
+
+    def look() -> None:
+        nonlocal position
+        if not path.exists() or path.stat().st_size == position:
+            return
+        with path.open("rb") as file:
+            file.seek(position)
+            grown = file.read()
+        complete = grown[: grown.rfind(b"\n") + 1]
+        position += len(complete)
+        ends.extend([time.time()] * complete.count(b"\n"))
+
+    return look
