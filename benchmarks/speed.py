@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from benchmarks.speed_report import PICTURE, RESULT, format_page, format_work, plot  # noqa: E402
-from benchmarks.speed_results import WorkResult, load_results, save_results, start_result  # noqa: E402
+from benchmarks.speed_results import WorkResult, load_results, save_results, start_result, take_up  # noqa: E402
 from benchmarks.speed_sides import (  # noqa: E402
     ENVIRONMENTS,
     OURS,
@@ -54,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lock", type=Path, metavar="FILE", help="hold this lock in each run, where others measure too"
     )
+    parser.add_argument(
+        "--add", action="store_true", help="keep the runs of earlier sessions with the same rows and steps"
+    )
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.relative_to(ROOT)} and its picture")
     options = parser.parse_args(arguments)
     set_up_logging("WARNING")
@@ -63,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = ENVIRONMENTS / "results.json"
     results = {result.work: result for result in load_results(path)}
     for name in options.work:
-        results[name] = measure_work(WORKS[name], sides, obstacles, options)
+        earlier = results.get(name) if options.add else None
+        results[name] = measure_work(WORKS[name], sides, obstacles, options, earlier)
         save_results(list(results.values()), path)
         print("\n".join(format_work(results[name])), flush=True)
     if options.write:
@@ -86,7 +90,13 @@ def find_obstacles(sides: Sequence[Side]) -> dict[str, str]:
     return found
 
 
-def measure_work(work: Work, sides: Sequence[Side], broken: dict[str, str], options: argparse.Namespace) -> WorkResult:
+def measure_work(
+    work: Work,
+    sides: Sequence[Side],
+    broken: dict[str, str],
+    options: argparse.Namespace,
+    earlier: WorkResult | None,
+) -> WorkResult:
     """Runs every side in every round, one after the other."""
     with tempfile.TemporaryDirectory(prefix="tunebook-speed-") as name:
         folder = Path(name)
@@ -95,6 +105,7 @@ def measure_work(work: Work, sides: Sequence[Side], broken: dict[str, str], opti
         prepared = prepare_work(work, options.steps, options.rows_dir, folder)
         source = "public rows" if options.rows_dir else "shipped rows"
         result = start_result(prepared, source, time.strftime("%Y-%m-%d"))
+        take_up(result, earlier)
         for side in sides:
             if reason := broken.get(side.name) or side.find_obstacle(work.name):
                 result.obstacles[side.name] = reason

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.rows import describe_machine
 from benchmarks.speed_results import FIRST_LOSS, MEAN_LOSS, Summary, WorkResult, summarise
-from benchmarks.speed_sides import OURS, SIDES
+from benchmarks.speed_sides import NOT_MEANT, OURS, SIDES
 from benchmarks.speed_work import WORKS
 from utils.machine import count_cores, measure_memory
 
@@ -41,7 +41,7 @@ def format_work(result: WorkResult) -> list[str]:
     lines = [
         f"## {work.name}: {work.title}",
         "",
-        f"{result.date}, {result.source}. {work.batch_size} {'pairs' if work.method == 'dpo' else 'rows'} a step with "
+        f"{result.date}, {result.source}, {say_sessions(result.sessions)}. {work.batch_size} {'pairs' if work.method == 'dpo' else 'rows'} a step with "
         f"{tokens:,.0f} real tokens on average, {learned:,.0f} of them learned; {result.trainable:,} trainable parameters; "
         f"learning rate {work.learning_rate:g}.",
         f"Bound: {sum(result.needed) / sum(result.tokens) / 1e9:.2f} GFLOP for each token at {result.peak_flops / 1e9:,.0f} "
@@ -56,9 +56,14 @@ def format_work(result: WorkResult) -> list[str]:
     return [*lines, ""] if result.obstacles else lines
 
 
+def say_sessions(count: int) -> str:
+    """In how many sittings the runs were made."""
+    return "one session" if count == 1 else f"{count} sessions"
+
+
 def is_told(name: str, reason: str) -> bool:
     """Sides for which a work was never meant are left out."""
-    return "not a work" not in reason and name in SIDES
+    return reason != NOT_MEANT and name in SIDES
 
 
 def show_bound(result: WorkResult) -> float:
@@ -120,7 +125,7 @@ def format_page(results: Sequence[WorkResult]) -> str:
     lines = [
         "# Speed, side by side",
         "",
-        f"Written by `python benchmarks/speed.py --write`. Machine: {describe_machine()}, {describe_cores()}.",
+        f"Written by `python benchmarks/speed.py --write` (`make bench`). Machine: {describe_machine()}, {describe_cores()}.",
         "The model is SmolLM2-135M-Instruct, LoRA of rank 16 on all linear modules unless all weights are trained.",
         "",
         f"![Real tokens per second of each side, with the machine's bound]({PICTURE.name})",
@@ -156,6 +161,8 @@ MEASURED = (
     f"{100 * MEAN_LOSS:.0f} %, from the reference (TRL tuned; else Tunebook).",
     "- *Mean loss*: over the side's own steps; in brackets that of the reference over the same steps. Adapters start from each",
     "  side's own random numbers.",
+    "- *Public rows*: the training splits of GSM8K and WikiSQL, and pairs of GSM8K's model solutions; CONTRIBUTING.md names",
+    "  the files. Without them the command uses the shipped text-to-SQL rows.",
     "- *Bound*: matrix products that the work cannot do without, at the speed of the fastest one measured on all cores in the",
     "  format that Tunebook trained in (`benchmarks/speed_bound.py` says what is counted).",
 )

@@ -24,7 +24,7 @@ REFERENCE = "trl_tuned"  # an independent implementation, in float32 where bfloa
 
 @dataclass
 class WorkResult:
-    """All runs of a work in one session.
+    """All runs of a work, of one session or of several with the same steps and rows.
 
     Attributes:
         tokens: real tokens of each step, a pair's prompt counted with both answers: the measure of every side's speed.
@@ -46,6 +46,7 @@ class WorkResult:
     needed: list[float]
     trainable: int
     peak_flops: float = math.nan
+    sessions: int = 1
     runs: list[Measurement] = field(default_factory=list)
     obstacles: dict[str, str] = field(default_factory=dict)
 
@@ -56,6 +57,14 @@ class WorkResult:
     def list_sides(self) -> list[str]:
         """Sides that were run, Tunebook first."""
         return [name for name in SIDES if self.list_runs(name)]
+
+
+def take_up(result: WorkResult, earlier: WorkResult | None) -> None:
+    """Puts the runs of an earlier session before those to come, if the work is the same to the token."""
+    if earlier and (earlier.tokens, earlier.supervised) == (result.tokens, result.supervised):
+        result.runs += earlier.runs
+        result.obstacles |= earlier.obstacles
+        result.sessions += earlier.sessions
 
 
 def start_result(prepared: PreparedWork, source: str, date: str) -> WorkResult:

@@ -28,6 +28,8 @@ ENVIRONMENTS = ROOT / ".bench"
 INSTALLED = ".installed"
 LOOK_EVERY = 0.01  # seconds between two looks at a run
 OURS = "tunebook"
+SHORTEST = "short"
+NOT_MEANT = "not a work of this side"
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,10 @@ class Side:
     Attributes:
         script: in peers/, None for Tunebook.
         environment: folder in .bench/, and `requirements_<environment>.txt` in peers/; None for Tunebook's own.
-        tuned: what the job says to the script.
+        setting: what the job says to the script: plain, float32 or tuned.
         works: names of the works that it can do; empty for all.
         needs: `cuda` where it does not run without.
-        steps_without_bfloat16: at most so many steps where bfloat16 is not native, because each takes minutes there.
+        insists_on_bfloat16: where that is not native each step takes minutes, so there it takes two of the shortest work.
         prepares: whether the script has something to do once before its first run, which is not timed.
         says: how it is set, for the page.
     """
@@ -49,10 +51,10 @@ class Side:
     title: str
     script: str | None = None
     environment: str | None = None
-    tuned: bool = False
+    setting: str = "plain"
     works: tuple[str, ...] = ()
     needs: str | None = None
-    steps_without_bfloat16: int | None = None
+    insists_on_bfloat16: bool = False
     prepares: bool = False
     says: str = ""
 
@@ -60,12 +62,19 @@ class Side:
         """Why it does not do a work here, in words; None if it does."""
         if self.needs == "cuda" and inspect_machine().device != "cuda":
             return "needs an NVIDIA GPU"
-        return "not a work of this side" if self.works and work not in self.works else None
+        if self.crawls_here() and work != SHORTEST:
+            return f"bfloat16 is not native here and a step takes minutes; measured on {SHORTEST} alone"
+        if self.setting == "float32" and inspect_machine().quick_bfloat16:
+            return NOT_MEANT
+        return NOT_MEANT if self.works and work not in self.works else None
+
+    def crawls_here(self) -> bool:
+        """Whether this machine would emulate what the side computes in."""
+        return self.insists_on_bfloat16 and not inspect_machine().quick_bfloat16
 
     def limit_steps(self, steps: int) -> int:
         """Steps that it takes on this machine; at least two, because the first is not counted."""
-        is_slow = self.steps_without_bfloat16 is not None and not inspect_machine().quick_bfloat16
-        return min(steps, self.steps_without_bfloat16 or steps) if is_slow else steps
+        return min(steps, 2) if self.crawls_here() else steps
 
 
 ADAPTER_WORKS = ("short", "medium", "long")
@@ -82,15 +91,23 @@ SIDES = {
             "TRL as it comes",
             "run_trl.py",
             "trl",
-            steps_without_bfloat16=2,
+            insists_on_bfloat16=True,
             says="its trainers' own defaults: gradient checkpointing, bfloat16 autocast, one batch of all rows",
+        ),
+        Side(
+            "trl_float32",
+            "TRL in float32",
+            "run_trl.py",
+            "trl",
+            setting="float32",
+            says="as it comes, with `bf16=False`: what a user changes first where bfloat16 is not native",
         ),
         Side(
             "trl_tuned",
             "TRL tuned",
             "run_trl.py",
             "trl",
-            tuned=True,
+            setting="tuned",
             says="no checkpointing, micro-batches of 2 rows of like length, no autocast, Tunebook's allocator settings",
         ),
         Side(
@@ -246,7 +263,7 @@ def run_peer(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measuremen
     """A peer's script on the job of the work."""
     number, folder = attempt.number, attempt.folder
     steps = side.limit_steps(prepared.steps)
-    job, target = prepared.write_job(folder, tuned=side.tuned, steps=steps), folder / "result.json"
+    job, target = prepared.write_job(folder, setting=side.setting, steps=steps), folder / "result.json"
     python = ENVIRONMENTS / str(side.environment) / "bin" / "python"
     command = [str(python), str(PEERS / str(side.script)), str(job), str(target)]
     if side.prepares and number == 0:
@@ -305,7 +322,7 @@ def execute(
             look()
             time.sleep(LOOK_EVERY)
             if time.time() - started > attempt.limit:
-                process.kill()
+                os.kill(process.pid, signal.SIGKILL)  # Popen's own would take the process away from wait4
         look()
         process.returncode = os.waitstatus_to_exitcode(status)  # wait4 has taken it away from Popen
         output.seek(0)

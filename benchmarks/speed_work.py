@@ -103,7 +103,7 @@ class PreparedWork:
         """Sum of L² over the rows of each step; tokens of a pair's shared prompt see each other once."""
         return [sum(measure_square(each) for each in window) for window in self.windows]
 
-    def write_job(self, folder: Path, *, tuned: bool, steps: int) -> Path:
+    def write_job(self, folder: Path, *, setting: str, steps: int) -> Path:
         """The job of a peer, as peers/peer_job.py describes it."""
         work = self.work
         job = {
@@ -117,7 +117,7 @@ class PreparedWork:
             "alpha": LORA["alpha"] if work.has_adapters else None,
             "quantization": work.quantization,
             "seed": SEED,
-            "tuned": tuned,
+            "setting": setting,
         }
         path = folder / "job.json"
         path.write_text(json.dumps(job), encoding="utf-8")

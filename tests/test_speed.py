@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.speed_bound import NeededWork
 from benchmarks.speed_report import format_work
-from benchmarks.speed_results import WorkResult, find_faults, load_results, save_results, summarise
+from benchmarks.speed_results import WorkResult, find_faults, load_results, save_results, summarise, take_up
 from benchmarks.speed_sides import SIDES, Attempt, Measurement, execute, watch_lines
 from benchmarks.speed_work import convert_example, measure_rows, measure_square
 from utils.piece_encoder import EncodedExample
@@ -169,6 +169,15 @@ def test_results_survive_being_written_and_read(tmp_path: Path) -> None:
     save_results([result], tmp_path / "results.json")
     assert load_results(tmp_path / "results.json") == [result]
     assert load_results(tmp_path / "none.json") == []
+
+
+def test_an_earlier_session_is_taken_up_only_if_its_work_was_the_same() -> None:
+    result, earlier = make_result(make_run("tunebook")), make_result(make_run("litgpt"))
+    take_up(result, earlier)
+    assert ([run.side for run in result.runs], result.sessions) == (["tunebook", "litgpt"], 2)
+    other = make_result()
+    take_up(other, replace(earlier, tokens=[10, 20]))
+    assert (other.runs, other.sessions) == ([], 1)
 
 
 def test_each_line_of_a_growing_file_gets_the_time_at_which_it_was_complete(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What every peer's script needs: its job, its rows, and the file in which it writes down what it did. Standard library only.
 
 A job is a JSON file: `model` (folder), `rows` (JSONL, in the order in which they must be trained on), `method` (sft or dpo),
-`batch_size`, `steps`, `learning_rate`, `r`, `alpha` (null: all weights are trained), `quantization`, `seed`, `tuned`.
+`batch_size`, `steps`, `learning_rate`, `r`, `alpha` (null: all weights are trained), `quantization`, `seed`, `setting`.
 Rows of sft are {"input_ids", "labels"}, with -100 at tokens that are not learned; pairs are {"prompt", "chosen", "rejected"},
 texts that need nothing but the end-of-sequence token.
 """

@@ -6,12 +6,9 @@ padding to a multiple of 8. The job sets what makes it the same work; a micro-ba
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
 
 import peer_job
 from datasets import Dataset, DatasetDict

@@ -1,4 +1,4 @@
-"""TRL in its own environment: `python run_trl.py JOB RESULT`; as it comes, or tuned (job["tuned"]).
+"""TRL in its own environment: `python run_trl.py JOB RESULT`; as it comes, in float32, or tuned (`setting` of the job).
 
 As it comes: SFTTrainer or DPOTrainer with their own defaults; the job sets what makes it the same work. Tuned: what an
 expert sets on a CPU: no autocast, no checkpointing, micro-batches of 2 rows of like length, and the allocator kept from
@@ -62,7 +62,9 @@ class CountingDpo(DPOTrainer):  # type: ignore[misc]  # a class of a library tha
 def choose_dtype(job: dict[str, Any]) -> str:
     """Format of the loaded weights; TRL's own default is float32 under bfloat16 autocast."""
     is_full = job["r"] is None
-    return "bfloat16" if job["tuned"] and peer_job.computes_bfloat16_natively() and not is_full else "float32"
+    return (
+        "bfloat16" if job["setting"] == "tuned" and peer_job.computes_bfloat16_natively() and not is_full else "float32"
+    )
 
 
 def make_settings(job: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -84,9 +86,10 @@ def make_settings(job: dict[str, Any], folder: str) -> dict[str, Any]:
         "save_strategy": "no",
         "model_init_kwargs": {"dtype": choose_dtype(job)},
     }
-    if job["tuned"]:
+    if job["setting"] != "plain":
+        settings["bf16"] = False
+    if job["setting"] == "tuned":
         settings |= {
-            "bf16": False,
             "gradient_checkpointing": False,
             "per_device_train_batch_size": MICRO_BATCH,
             "gradient_accumulation_steps": job["batch_size"] // MICRO_BATCH,
@@ -98,7 +101,7 @@ def main() -> None:
     """Trains, and writes down what happened."""
     job, recorder = peer_job.read_job(), peer_job.Recorder()
     rows = peer_job.read_rows(job)
-    if job["tuned"]:
+    if job["setting"] == "tuned":
         peer_job.keep_freed_pages()
         rows = peer_job.sort_windows(rows, job["batch_size"])
     own: dict[str, Any] = {"callbacks": [StepClock(recorder)]}
@@ -119,6 +122,8 @@ def main() -> None:
         kind, config = (CountingSft, SFTConfig) if is_sft else (CountingDpo, DPOConfig)
         trainer = kind(job["model"], args=config(**settings), train_dataset=Dataset.from_list(rows), **own)
         trainer.recorder = recorder
+        if choose_dtype(job) == "bfloat16":
+            trainer.model.to(torch.bfloat16)  # peft keeps adapters in float32; an expert has both in one format
         trainer.train()
         trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     dtype = f"{choose_dtype(job)}{', bfloat16 autocast' if trainer.args.bf16 else ''}"
