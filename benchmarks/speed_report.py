@@ -41,9 +41,9 @@ def format_work(result: WorkResult) -> list[str]:
     lines = [
         f"## {work.name}: {work.title}",
         "",
-        f"{result.date}, {result.source}, {say_sessions(result.sessions)}. {work.batch_size} {'pairs' if work.method == 'dpo' else 'rows'} a step with "
-        f"{tokens:,.0f} real tokens on average, {learned:,.0f} of them learned; {result.trainable:,} trainable parameters; "
-        f"learning rate {work.learning_rate:g}.",
+        f"{result.date}, {result.source}, {say_sessions(result.sessions)}. {work.batch_size} "
+        f"{'pairs' if work.method == 'dpo' else 'rows'} a step with {tokens:,.0f} real tokens on average, {learned:,.0f} of "
+        f"them learned; {result.trainable:,} trainable parameters; learning rate {work.learning_rate:g}.",
         f"Bound: {sum(result.needed) / sum(result.tokens) / 1e9:.2f} GFLOP for each token at {result.peak_flops / 1e9:,.0f} "
         f"GFLOP/s, {show_bound(result):,.0f} tokens/s.",
         "",
