@@ -180,7 +180,8 @@ def prepare_environment(name: str) -> str | None:
         return None
     print(f"Installing {folder.relative_to(ROOT)} …", flush=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
-    for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], [*pip, "-r", str(requirements)]):
+    options = ["--no-deps"] if wanted.startswith("# pip: --no-deps") else []
+    for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], [*pip, *options, "-r", str(requirements)]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             return find_last_words(done.stderr)

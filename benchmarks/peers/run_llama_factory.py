@@ -6,11 +6,19 @@ padding to a multiple of 8. The job sets what makes it the same work; a micro-ba
 
 from __future__ import annotations
 
+import sys
 import tempfile
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any
 
 import peer_job
+
+if find_spec("torchaudio") is None:
+    # The tool imports it at the top for audio alone, and its published builds do not load beside a torch without CUDA.
+    sys.modules["torchaudio"] = module_from_spec(ModuleSpec("torchaudio", None))
+
 from datasets import Dataset, DatasetDict
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from llamafactory.train.tuner import run_exp
