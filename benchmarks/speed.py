@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,16 +67,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = {result.work: result for result in load_results(path)}
     for name in options.work:
         earlier = results.get(name) if options.add else None
-        results[name] = measure_work(WORKS[name], sides, obstacles, options, earlier)
-        save_results(list(results.values()), path)
+        for result in measure_work(WORKS[name], sides, obstacles, options, earlier):
+            results[name] = result
+            save_results(
+                list(results.values()), path
+            )  # after each run, so that a session that is ended early is not lost
+            print(describe_run(result, result.runs[-1]), flush=True)
         print("\n".join(format_work(results[name])), flush=True)
     if options.write:
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        kept = load_results(path)
-        RESULT.write_text(format_page(kept), encoding="utf-8")
-        plot(kept)
-        print(f"Written: {RESULT.relative_to(ROOT)}, {PICTURE.relative_to(ROOT)}")
+        write_page(list(results.values()))
     return 0
+
+
+def write_page(results: list[WorkResult]) -> None:
+    """The page and its picture, of all works."""
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(format_page(results), encoding="utf-8")
+    plot(results)
+    print(f"Written: {RESULT.relative_to(ROOT)}, {PICTURE.relative_to(ROOT)}")
 
 
 def find_obstacles(sides: Sequence[Side]) -> dict[str, str]:
@@ -96,30 +104,30 @@ def measure_work(
     broken: dict[str, str],
     options: argparse.Namespace,
     earlier: WorkResult | None,
-) -> WorkResult:
-    """Runs every side in every round, one after the other."""
+) -> Iterator[WorkResult]:
+    """Runs every side in every round, one after the other, and yields what is known after each run."""
     with tempfile.TemporaryDirectory(prefix="tunebook-speed-") as name:
         folder = Path(name)
         cache = folder / "cache"
         cache.mkdir()
         prepared = prepare_work(work, options.steps, options.rows_dir, folder)
-        source = "public rows" if options.rows_dir else "shipped rows"
-        result = start_result(prepared, source, time.strftime("%Y-%m-%d"))
+        result = start_result(
+            prepared, "public rows" if options.rows_dir else "shipped rows", time.strftime("%Y-%m-%d")
+        )
         take_up(result, earlier)
         for side in sides:
             if reason := broken.get(side.name) or side.find_obstacle(work.name):
                 result.obstacles[side.name] = reason
+        with hold_lock(options.lock):
+            result.peak_flops = measure_bound(work)
         for number in range(options.rounds):
             for side in sides:
                 if side.name not in result.obstacles and not any(run.error for run in result.list_runs(side.name)):
                     place = tempfile.TemporaryDirectory(prefix="tunebook-speed-")
                     with hold_lock(options.lock), place as own:
                         attempt = Attempt(number, Path(own), cache, 60 * options.minutes)
-                        result.runs.append(run := run_side(side, prepared, attempt))
-                    print(describe_run(result, run), flush=True)
-        with hold_lock(options.lock):
-            result.peak_flops = measure_bound(result)
-    return result
+                        result.runs.append(run_side(side, prepared, attempt))
+                    yield result
 
 
 def describe_run(result: WorkResult, run: Measurement) -> str:
@@ -132,10 +140,9 @@ def describe_run(result: WorkResult, run: Measurement) -> str:
     return f"{result.work}, {run.side}: {speed:.0f} tokens/s, first step after {first:.1f} s, {peak:.2f} GB"
 
 
-def measure_bound(result: WorkResult) -> float:
-    """FLOP/s of the fastest matrix product in the format that Tunebook trained in, in a process of its own."""
-    own = [run.dtype for run in result.list_runs(OURS) if not run.error]
-    dtype = own[0] if own else choose_dtype("auto", inspect_machine())
+def measure_bound(work: Work) -> float:
+    """FLOP/s of the fastest matrix product in the format that Tunebook trains in here, in a process of its own."""
+    dtype = "float32" if work.is_full else choose_dtype("auto", inspect_machine())
     command = [sys.executable, str(ROOT / "benchmarks" / "speed_bound.py"), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout)["gflops"]) * 1e9
