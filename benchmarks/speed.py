@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(describe_run(result, result.runs[-1]), flush=True)
         print("\n".join(format_work(results[name])), flush=True)
     if options.write:
-        write_page(list(results.values()))
+        write_page(load_results(path))  # in the order of the works
     return 0
 
 
