@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ HEAD = (
     "gradient norm",
     "steps",
     "computes in",
+    "others' load",
 )
 
 
@@ -89,6 +91,7 @@ def format_row(result: WorkResult, each: Summary, ours: Summary | None) -> str:
         f"{each.norm:.3f}",
         f"{each.steps} of {len(result.tokens)}",
         each.dtype,
+        "" if math.isnan(each.foreign) else f"{100 * each.foreign:.0f} %",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -161,6 +164,8 @@ MEASURED = (
     f"{100 * MEAN_LOSS:.0f} %, from the reference (TRL tuned; else Tunebook).",
     "- *Mean loss*: over the side's own steps; in brackets that of the reference over the same steps. Adapters start from each",
     "  side's own random numbers.",
+    "- *Others' load*: the most of the machine's processor time that anything else took during a run of the side. Above a few",
+    "  percent, the numbers of that line are too low.",
     "- *Public rows*: the training splits of GSM8K and WikiSQL, and pairs of GSM8K's model solutions; CONTRIBUTING.md names",
     "  the files. Without them the command uses the shipped text-to-SQL rows.",
     "- *Bound*: matrix products that the work cannot do without, at the speed of the fastest one measured on all cores in the",

@@ -60,11 +60,12 @@ class WorkResult:
 
 
 def take_up(result: WorkResult, earlier: WorkResult | None) -> None:
-    """Puts the runs of an earlier session before those to come, if the work is the same to the token."""
+    """Puts the good runs of an earlier session before those to come, if the work is the same to the token."""
     if earlier and (earlier.tokens, earlier.supervised) == (result.tokens, result.supervised):
-        result.runs += earlier.runs
+        result.runs += [run for run in earlier.runs if not run.error]
         result.obstacles |= earlier.obstacles
         result.sessions += earlier.sessions
+        result.peak_flops = earlier.peak_flops
 
 
 def start_result(prepared: PreparedWork, source: str, date: str) -> WorkResult:
@@ -129,6 +130,7 @@ class Summary:
         speeds: real tokens/s of each run, over all steps but the first.
         bound: share of the fastest possible time.
         first: seconds from the start of the process to the end of the first step, by whether the token cache was empty.
+        foreign: largest share of the machine's processor time that others took in a run.
         faults: why the side has no numbers.
     """
 
@@ -142,6 +144,7 @@ class Summary:
     norm: float
     steps: int
     dtype: str
+    foreign: float
     faults: list[str]
 
     @property
@@ -155,7 +158,7 @@ def summarise(result: WorkResult, side: str) -> Summary:
     runs = result.list_runs(side)
     faults = list(dict.fromkeys(fault for run in runs for fault in find_faults(result, run)))
     if faults:
-        return Summary(side, [], math.nan, {}, 0, math.nan, math.nan, math.nan, 0, "", faults)
+        return Summary(side, [], math.nan, {}, 0, math.nan, math.nan, math.nan, 0, "", math.nan, faults)
     steps = len(runs[0].ends)
     seconds = [run.ends[-1] - run.ends[0] for run in runs]
     first = {cold: [run.ends[0] - run.started for run in runs if run.cold == cold] for cold in (True, False)}
@@ -171,6 +174,7 @@ def summarise(result: WorkResult, side: str) -> Summary:
         norm=statistics.fmean(norm for norm in runs[0].norms if norm is not None),
         steps=steps,
         dtype=runs[0].dtype,
+        foreign=max((run.foreign for run in runs if run.foreign is not None), default=math.nan),
         faults=[],
     )
 

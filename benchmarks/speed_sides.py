@@ -6,19 +6,14 @@ writes a row of metrics.jsonl at the end of each step, and the time at which tha
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed_process import Attempt, Execution, execute, find_last_words, watch_lines
 from benchmarks.speed_work import PreparedWork
 from utils.machine import inspect_machine
 
@@ -26,7 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
 ENVIRONMENTS = ROOT / ".bench"
 INSTALLED = ".installed"
-LOOK_EVERY = 0.01  # seconds between two looks at a run
 OURS = "tunebook"
 SHORTEST = "short"
 NOT_MEANT = "not a work of this side"
@@ -151,6 +145,7 @@ class Measurement:
         ends: when each step ended, on the same clock.
         tokens: real ones that the side saw in each step, by its own count; `supervised` those that it learned.
         norms: gradient norm of each step before clipping; None where the side keeps none.
+        foreign: share of the machine's processor time that others took meanwhile; None where the system does not say.
         error: last words of a run that failed; the rest is then empty.
     """
 
@@ -168,6 +163,7 @@ class Measurement:
     peak_bytes: int
     dtype: str
     versions: dict[str, str]
+    foreign: float | None = None
     error: str | None = None
 
 
@@ -189,40 +185,6 @@ def prepare_environment(name: str) -> str | None:
     return None
 
 
-def find_last_words(text: str) -> str:
-    """The last line that is not empty."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no message"
-
-
-@contextmanager
-def hold_lock(path: Path | None) -> Iterator[None]:
-    """Waits until no other benchmark on this machine holds the same lock."""
-    if path is None:
-        yield
-        return
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """Where and how long a run may take place.
-
-    Attributes:
-        number: the round, from 0; in the first one Tunebook's cache of tokens is empty.
-        folder: empty, for this run alone.
-        cache: Tunebook's cache folder for this work.
-        limit: seconds after which the run is ended.
-    """
-
-    number: int
-    folder: Path
-    cache: Path
-    limit: float
-
-
 def run_side(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measurement:
     """Runs a side once."""
     return (run_tunebook if side.script is None else run_peer)(side, prepared, attempt)
@@ -236,9 +198,9 @@ def run_tunebook(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measur
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe", str(recipe), "--run", str(run)]
     ends: list[float] = []
     watch = watch_lines(run / "metrics.jsonl", ends)
-    started, peak, error = execute(command, {"TUNEBOOK_CACHE": str(cache)}, attempt, watch)
-    if error:
-        return make_failure(side, prepared, number, started, error)
+    done = execute(command, {"TUNEBOOK_CACHE": str(cache)}, attempt, watch)
+    if done.error:
+        return make_failure(side, prepared, number, done)
     (cache / "filled").touch()
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -247,14 +209,15 @@ def run_tunebook(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measur
         work=prepared.work.name,
         round=number,
         cold=cold,
-        started=started,
+        started=done.started,
         ends=ends,
         tokens=[row["tokens"] for row in rows],
         supervised=[row["supervised_tokens"] for row in rows],
         losses=[row["loss"] for row in rows],
         norms=[row["grad_norm"] for row in rows],
         trainable=facts["trainable_parameters"],
-        peak_bytes=peak,
+        peak_bytes=done.peak_bytes,
+        foreign=done.foreign,
         dtype=facts["dtype"],
         versions={name: facts["versions"][name] for name in ("torch", "transformers", "peft")},
     )
@@ -268,84 +231,33 @@ def run_peer(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measuremen
     python = ENVIRONMENTS / str(side.environment) / "bin" / "python"
     command = [str(python), str(PEERS / str(side.script)), str(job), str(target)]
     if side.prepares and number == 0:
-        started, _, error = execute([*command, "--prepare"], {}, attempt, lambda: None)
-        if error:
-            return make_failure(side, prepared, number, started, error)
-    started, peak, error = execute(command, {}, attempt, lambda: None)
-    if error:
-        return make_failure(side, prepared, number, started, error)
+        done = execute([*command, "--prepare"], {}, attempt, lambda: None)
+        if done.error:
+            return make_failure(side, prepared, number, done)
+    done = execute(command, {}, attempt, lambda: None)
+    if done.error:
+        return make_failure(side, prepared, number, done)
     result: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
     return Measurement(
         side=side.name,
         work=prepared.work.name,
         round=number,
         cold=True,
-        started=started,
+        started=done.started,
         ends=result["step_ends"],
         tokens=result["tokens"],
         supervised=result["supervised_tokens"],
         losses=result["losses"],
         norms=result["gradient_norms"],
         trainable=result["trainable_parameters"],
-        peak_bytes=peak,
+        peak_bytes=done.peak_bytes,
+        foreign=done.foreign,
         dtype=result["dtype"],
         versions=result["versions"],
     )
 
 
-def make_failure(side: Side, prepared: PreparedWork, number: int, started: float, error: str) -> Measurement:
+def make_failure(side: Side, prepared: PreparedWork, number: int, done: Execution) -> Measurement:
     """A run that ended with an error."""
-    return Measurement(side.name, prepared.work.name, number, False, started, [], [], [], [], [], 0, 0, "", {}, error)
-
-
-def execute(
-    command: list[str], variables: dict[str, str], attempt: Attempt, look: Callable[[], None]
-) -> tuple[float, int, str | None]:
-    """Runs a command to its end.
-
-    Args:
-        look: called every 10 ms meanwhile.
-
-    Returns:
-        Seconds since the epoch at the start, peak resident bytes of the largest process, and the last words if it failed.
-    """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", **variables}
-    environment.pop("PYTHONPATH", None)
-    with (attempt.folder / "output.txt").open("w+", encoding="utf-8", errors="replace") as output:
-        started = time.time()
-        process = subprocess.Popen(
-            command, cwd=attempt.folder, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-        while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if pid:
-                break
-            look()
-            time.sleep(LOOK_EVERY)
-            if time.time() - started > attempt.limit:
-                os.kill(process.pid, signal.SIGKILL)  # Popen's own would take the process away from wait4
-        look()
-        process.returncode = os.waitstatus_to_exitcode(status)  # wait4 has taken it away from Popen
-        output.seek(0)
-        error = find_last_words(output.read()) if process.returncode else None
-        if process.returncode == -signal.SIGKILL and time.time() - started > attempt.limit:
-            error = f"not done after {attempt.limit:.0f} s"
-    return started, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), error
-
-
-def watch_lines(path: Path, ends: list[float]) -> Callable[[], None]:
-    """A look that notes the time whenever a file has grown by a line."""
-    position = 0
-
-    def look() -> None:
-        nonlocal position
-        if not path.exists() or path.stat().st_size == position:
-            return
-        with path.open("rb") as file:
-            file.seek(position)
-            grown = file.read()
-        complete = grown[: grown.rfind(b"\n") + 1]
-        position += len(complete)
-        ends.extend([time.time()] * complete.count(b"\n"))
-
-    return look
+    name = prepared.work.name
+    return Measurement(side.name, name, number, False, done.started, [], [], [], [], [], 0, 0, "", {}, error=done.error)

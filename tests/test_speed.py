@@ -1,5 +1,7 @@
 """The speed benchmark's own arithmetic: what a step needs, what is the same work, and what is counted."""
 
+import os
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.speed_bound import NeededWork
+from benchmarks.speed_process import Attempt, execute, watch_lines
 from benchmarks.speed_report import format_work
 from benchmarks.speed_results import WorkResult, find_faults, load_results, save_results, summarise, take_up
-from benchmarks.speed_sides import SIDES, Attempt, Measurement, execute, watch_lines
+from benchmarks.speed_sides import SIDES, Measurement
 from benchmarks.speed_work import convert_example, measure_rows, measure_square
 from utils.piece_encoder import EncodedExample
 
@@ -178,6 +181,8 @@ def test_an_earlier_session_is_taken_up_only_if_its_work_was_the_same() -> None:
     other = make_result()
     take_up(other, replace(earlier, tokens=[10, 20]))
     assert (other.runs, other.sessions) == ([], 1)
+    take_up(other, make_result(make_run("litgpt", error="no room")))
+    assert (other.runs, other.sessions) == ([], 2)  # what failed is tried again
 
 
 def test_each_line_of_a_growing_file_gets_the_time_at_which_it_was_complete(tmp_path: Path) -> None:
@@ -196,17 +201,29 @@ def test_each_line_of_a_growing_file_gets_the_time_at_which_it_was_complete(tmp_
 def test_a_command_is_measured_from_outside_and_its_last_words_are_kept(tmp_path: Path) -> None:
     hungry = ["python3", "-c", "x = bytearray(300_000_000)"]
     attempt = Attempt(0, tmp_path, tmp_path, 60.0)
-    _, peak, error = execute(hungry, {}, attempt, lambda: None)
-    assert error is None
-    assert 300e6 < peak < 500e6
-    assert execute(["python3", "-c", "raise SystemExit('no room')"], {}, attempt, lambda: None)[2] == "no room"
+    done = execute(hungry, {}, attempt, lambda: None)
+    assert done.error is None
+    assert 300e6 < done.peak_bytes < 500e6
+    assert execute(["python3", "-c", "raise SystemExit('no room')"], {}, attempt, lambda: None).error == "no room"
 
 
 def test_a_command_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     attempt = Attempt(0, tmp_path, tmp_path, 0.3)
-    started, _, error = execute(["python3", "-c", "import time; time.sleep(60)"], {}, attempt, lambda: None)
-    assert error == "not done after 0 s"
-    assert time.time() - started < 10
+    done = execute(["python3", "-c", "import time; time.sleep(60)"], {}, attempt, lambda: None)
+    assert done.error == "not done after 0 s"
+    assert time.time() - done.started < 10
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not say how busy it is")
+def test_what_others_do_during_a_run_is_seen(tmp_path: Path) -> None:
+    code = "import time; ends = time.time() + 1.5\nwhile time.time() < ends: pass"
+    attempt = Attempt(0, tmp_path, tmp_path, 60.0)
+    with subprocess.Popen(["python3", "-c", code]) as neighbour:
+        beside = execute(["python3", "-c", code], {}, attempt, lambda: None)
+        neighbour.wait()
+    assert beside.foreign is not None
+    # The neighbour works all the while, on a core of its own or on ours.
+    assert beside.foreign > 0.4 / (os.cpu_count() or 1)
 
 
 def test_sides_say_why_they_cannot_do_a_work(monkeypatch: pytest.MonkeyPatch) -> None:
