@@ -59,6 +59,7 @@ def make_arguments(job: dict[str, Any], folder: str) -> dict[str, Any]:
         "model_name_or_path": job["model"],
         "stage": "sft",
         "do_train": True,
+        "dataset": "rows",  # asked for, and not read where tokenised rows are there
         "tokenized_path": f"{folder}/rows",
         "template": "chatml",  # asked for, and not used on tokenised rows
         "cutoff_len": 2048,
