@@ -110,7 +110,9 @@ SIDES = {
             "run_llama_factory.py",
             "llama_factory",
             works=(*ADAPTER_WORKS, "full"),
-            says="its own defaults: gradient checkpointing, one batch of all rows, padding to a multiple of 8",
+            prepares=True,
+            says="its own defaults: gradient checkpointing, one batch of all rows, padding to a multiple of 8; model files "
+            "copied in float32 beforehand where bfloat16 is not native, because it computes in their format",
         ),
         Side(
             "litgpt",

@@ -1,7 +1,8 @@
-"""LLaMA-Factory in its own environment: `python run_llama_factory.py JOB RESULT`.
+"""LLaMA-Factory in its own environment: `python run_llama_factory.py JOB RESULT`, and before the first run `… --prepare`.
 
 Runs the function behind `llamafactory-cli train` on tokenised rows, with the tool's own defaults: gradient checkpointing on,
-padding to a multiple of 8. The job sets what makes it the same work; a micro-batch holds all rows of a step.
+padding to a multiple of 8. The job sets what makes it the same work; a micro-batch holds all rows of a step. The tool
+computes in the format of the model's files: where bfloat16 is not native, `--prepare` copies them in float32, which is not timed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if find_spec("torchaudio") is None:
 from datasets import Dataset, DatasetDict
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from llamafactory.train.tuner import run_exp
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 RECORDER = peer_job.Recorder()
 SEEN: dict[str, Any] = {}
@@ -53,10 +54,22 @@ def count_and_train(trainer: Any, model: Any, inputs: dict[str, Any], *arguments
     return train_as_before(trainer, model, inputs, *arguments, **named)
 
 
+def find_model(job: dict[str, Any]) -> Path:
+    """The folder that the tool loads."""
+    return Path(job["model"]) if peer_job.computes_bfloat16_natively() else Path(sys.prefix) / "checkpoints" / "float32"
+
+
+def prepare(job: dict[str, Any], folder: Path) -> None:
+    """Copies the model in float32, which loses nothing, unless that is done or not needed."""
+    if not folder.exists():
+        AutoTokenizer.from_pretrained(job["model"]).save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(job["model"], dtype="float32").save_pretrained(folder)
+
+
 def make_arguments(job: dict[str, Any], folder: str) -> dict[str, Any]:
     """The tool's own words for the job."""
     arguments: dict[str, Any] = {
-        "model_name_or_path": job["model"],
+        "model_name_or_path": str(find_model(job)),
         "stage": "sft",
         "do_train": True,
         "dataset": "rows",  # asked for, and not read where tokenised rows are there
@@ -86,6 +99,9 @@ def make_arguments(job: dict[str, Any], folder: str) -> dict[str, Any]:
 def main() -> None:
     """Trains, and writes down what happened."""
     job = peer_job.read_job()
+    if "--prepare" in sys.argv:
+        prepare(job, find_model(job))
+        return
     rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in peer_job.read_rows(job)]
     CustomSeq2SeqTrainer.training_step = count_and_train
     with tempfile.TemporaryDirectory() as folder:
