@@ -2,7 +2,7 @@
 
 Runs the function behind `llamafactory-cli train` on tokenised rows, with the tool's own defaults: gradient checkpointing on,
 padding to a multiple of 8. The job sets what makes it the same work; a micro-batch holds all rows of a step. The tool
-computes in the format of the model's files: where bfloat16 is not native, `--prepare` copies them in float32, which is not timed.
+computes in the format of the model's files: where bfloat16 is not native, `--prepare` copies them in float32 before.
 """
 
 from __future__ import annotations
