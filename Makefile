@@ -9,7 +9,7 @@ MODEL ?= embedded/smollm2-135m-instruct
 DATA ?= data/text_to_sql/train.jsonl
 NEW_RECIPE = outputs/recipes/$(notdir $(MODEL))_$(subst /,_,$(basename $(DATA))).yaml
 RUN_OPTION := $(if $(RUN),--run $(RUN))
-.PHONY: setup setup-dev demo quick test lint train validate preview prepare baseline infer merge evaluate data reference clean help
+.PHONY: setup setup-dev demo quick test lint train validate preview prepare baseline infer merge evaluate data reference bench clean help
 
 help:  ## show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,5 +47,7 @@ data: setup  ## generate the shipped rows anew
 	@$(PY) data/text_to_sql/generate.py && $(PY) data/text_to_sql/generate_preference.py && $(PY) data/notes/generate.py
 reference: setup  ## write docs/recipe_reference.md and the JSON Schema anew
 	@$(PY) scripts/write_reference.py
+bench: setup  ## speed beside other tools, in environments of their own under .bench/: ARGS="--work medium --rounds 1"
+	@$(PY) benchmarks/speed.py --write $(ARGS)
 clean:  ## remove .venv and caches; runs in outputs/ stay
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis && find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -63,7 +63,7 @@ def check_make(words: list[str]) -> None:
 
 def find_script(makefile: str, target: str) -> Path:
     """The script that a make target runs."""
-    found = re.search(rf"^{target}:[^\n]*\n\t@?\$\(PY\) (scripts/\w+\.py)", makefile, re.MULTILINE)
+    found = re.search(rf"^{target}:[^\n]*\n\t@?\$\(PY\) ((?:scripts|benchmarks)/\w+\.py)", makefile, re.MULTILINE)
     assert found, f"make {target} runs no script"
     return ROOT / found[1]
 
