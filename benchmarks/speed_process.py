@@ -39,7 +39,8 @@ class Execution:
 
     Attributes:
         started: seconds since the epoch, before the process was made.
-        peak_bytes: resident memory of the largest process.
+        peak_bytes: resident memory of the largest process; never less than what this one held when it made the other, because
+            Linux counts from the fork on.
         foreign: share of the machine's processor time that others took.
         error: last words if it failed.
     """
