@@ -651,8 +651,9 @@ def test_encoding_does_not_import_torch(model_folder: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from utils.data_formats import Example
-from utils.tokenizer_utils import TokenizerUtils, load_tokenizer
+from utils.examples import Example
+from utils.tokenizer_files import load_tokenizer
+from utils.tokenizer_utils import TokenizerUtils
 messages = ({{"role": "user", "content": "a"}}, {{"role": "assistant", "content": "b"}})
 tools = TokenizerUtils(load_tokenizer(Path({str(model_folder)!r})))
 assert tools.encode_example(Example("messages", messages, None, "x:1", {{}})).supervised_tokens == 2
