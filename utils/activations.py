@@ -60,10 +60,22 @@ def count_layer(recipe: Recipe, shape: ModelShape, item: ForwardPass, size: int,
     return (
         count_norms(recipe, shape, size)
         + count_attention(shape, item, size, device)
-        + size * shape.intermediate * (3 if shape.anatomy.gated else 4)
-        + count_linear_inputs(recipe, shape, size, device)
+        + size * shape.intermediate * count_mlp_tensors(recipe, shape)
+        + count_linear_inputs(recipe, shape, size)
         + (2 * size * shape.hidden if shape.residual_dropout else 0)
     )
+
+
+def keeps_less(recipe: Recipe, shape: ModelShape) -> bool:
+    """True where a gated MLP keeps its two projections alone (backends/torch_gated.py)."""
+    return shape.anatomy.gated and recipe.training.gradient_checkpointing is not True
+
+
+def count_mlp_tensors(recipe: Recipe, shape: ModelShape) -> int:
+    """Tensors of the MLP's inner width that a layer keeps, the input of its last module left out."""
+    if not shape.anatomy.gated:
+        return 4
+    return 2 if keeps_less(recipe, shape) else 3
 
 
 def count_norms(recipe: Recipe, shape: ModelShape, size: int) -> int:
@@ -100,19 +112,19 @@ def count_attention(shape: ModelShape, item: ForwardPass, size: int, device: str
     return size * (2 * query + 2 * key) + mask + statistics
 
 
-def count_linear_inputs(recipe: Recipe, shape: ModelShape, size: int, device: str) -> int:
+def count_linear_inputs(recipe: Recipe, shape: ModelShape, size: int) -> int:
     """Inputs of the trained modules of a layer, for one token, and what the adapters keep themselves."""
     if recipe.lora is None:
-        return MASTER * sum(shape_inputs(shape, shape.linears, device))
+        return MASTER * sum(shape_inputs(recipe, shape, shape.linears))
     adapted = list_adapted(recipe.lora, shape)
     low_rank = MASTER * recipe.lora.r * len(adapted)
     every = MASTER * sum(linear.inputs for linear in adapted)
     if recipe.lora.dropout > 0:
         return low_rank + 2 * every  # each adapter keeps its own input and the noise
     if is_fused(recipe):
-        return size * recipe.lora.r * len(adapted) + size * sum(shape_inputs(shape, adapted, device))
+        return size * recipe.lora.r * len(adapted) + size * sum(shape_inputs(recipe, shape, adapted))
     if size == MASTER:
-        return low_rank + MASTER * sum(shape_inputs(shape, adapted, device))
+        return low_rank + MASTER * sum(shape_inputs(recipe, shape, adapted))
     return low_rank + every
 
 
@@ -123,7 +135,7 @@ def is_fused(recipe: Recipe) -> bool:
     return is_plain and recipe.model.quantization == "none"
 
 
-def shape_inputs(shape: ModelShape, linears: list[Linear] | tuple[Linear, ...], device: str) -> list[int]:
+def shape_inputs(recipe: Recipe, shape: ModelShape, linears: list[Linear] | tuple[Linear, ...]) -> list[int]:
     """Widths of the different tensors that a layer's linear modules read: modules side by side share theirs."""
     *inputs, output = shape.anatomy.attention
     *rising, falling = shape.anatomy.mlp
@@ -138,6 +150,6 @@ def shape_inputs(shape: ModelShape, linears: list[Linear] | tuple[Linear, ...], 
     # The result of the attention is kept already, except where its layout differs from what the projection reads.
     if output in names and (is_parallel or is_fused):
         widths.append(shape.query_width)
-    if falling in names:
+    if falling in names and not keeps_less(recipe, shape):
         widths.append(shape.intermediate)
     return widths

@@ -12,6 +12,10 @@ from utils.piece_encoder import EncodedExample
 
 Ids = npt.NDArray[np.int64]
 
+# Times the token budget of a training pass that a pass without gradients may have, which keeps no layer's activations. More
+# would be no faster, and what a single layer computes would be the largest thing in memory.
+SCORED_BUDGETS = 4
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -142,6 +146,24 @@ def group_rows(count: int, size: int, *, evenly: bool) -> list[list[int]]:
         turn = range(start, min(start + len(groups), count))
         for group, index in zip(groups if start // len(groups) % 2 == 0 else reversed(groups), turn, strict=False):
             group.append(index)
+    return groups
+
+
+def group_scored_rows(lengths: Sequence[int] | Ids, size: int, token_budget: int) -> list[list[int]]:
+    """Which rows share a forward pass without gradients, as indices, rows of like length together and the longest first.
+
+    Args:
+        lengths: tokens of each row.
+        size: most rows of a pass.
+        token_budget: of a training pass on this machine; a pass has fewer rows where they would come to more than
+            `SCORED_BUDGETS` times as many tokens, padding counted.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    groups = []
+    while order:
+        count = max(1, min(size, SCORED_BUDGETS * token_budget // max(1, int(lengths[order[0]]))))
+        groups.append(order[:count])
+        order = order[count:]
     return groups
 
 

@@ -185,7 +185,8 @@ def make_scorer(backend: Backend, model: Any, preflight: Preflight) -> Scorer:
 def measure_losses(backend: Backend, model: Any, preflight: Preflight, batch_size: int, title: str) -> RowLosses:
     """Sum of nats and supervised tokens of each held-out row, in an order that depends on the rows alone."""
     pad = preflight.tokenizer.tokenizer.pad_token_id
-    batches = make_evaluation_batches(preflight.data.evaluation, batch_size, pad)
+    budget = backend.describe_machine(model).token_budget
+    batches = make_evaluation_batches(preflight.data.evaluation, batch_size, budget, pad)
     with Progress(title, len(preflight.data.evaluation), "rows") as progress:
         return backend.evaluate(model, batches, progress.advance)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from utils.backends import Backend
-from utils.batching import pad_rows
+from utils.batching import group_scored_rows, pad_rows
 from utils.data_formats import read_examples
-from utils.data_loading import iterate_batches, load_rows
+from utils.data_loading import load_rows
 from utils.examples import Example
 from utils.exceptions import DataError, Problem
 from utils.piece_encoder import EncodedExample
@@ -42,14 +43,14 @@ class Judge:
             DataError: rows that cannot be encoded, or that are longer than the model's positions.
         """
         encoded = self.encode(examples)
-        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].input_ids), reverse=True)
         pad = self.tokenizer.tokenizer.pad_token_id
-        groups = iterate_batches(order, self.batch_size)
+        budget = self.backend.describe_machine(self.model).token_budget
+        groups = group_scored_rows([len(example.input_ids) for example in encoded], self.batch_size, budget)
         batches = [pad_rows([encoded[index] for index in group], pad) for group in groups]
         with Progress("Rewards", len(encoded), "answers") as progress:
             rewards = self.backend.score_rows(self.model, batches, progress.advance)
         scores = np.empty_like(rewards)
-        scores[order] = rewards
+        scores[list(chain.from_iterable(groups))] = rewards
         return [float(score) for score in scores]
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:

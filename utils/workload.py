@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from config.structured_config import Recipe
-from utils.batching import group_rows, iterate_windows
+from utils.batching import group_rows, group_scored_rows, iterate_windows
 from utils.machine import Machine
 from utils.model_shape import ModelShape
 
@@ -144,7 +144,8 @@ def plan_workload(
         cost = sum(weigh(item, shape) for item in passes[:workers])
         if cost > worst[0]:
             worst = cost, Workload(tuple(passes[:workers]), len(passes), repeats_itself(passes, workers), ())
-    evaluation = cut_passes(*held_out, count_scored_rows(recipe), is_flat=is_flat)[: machine.workers]
+    groups = group_scored_rows(held_out[0], count_scored_rows(recipe), machine.token_budget)
+    evaluation = make_passes(*held_out, groups, is_flat=is_flat)[: machine.workers]
     assert worst[1] is not None
     return replace(worst[1], evaluation=tuple(evaluation))
 
@@ -166,12 +167,19 @@ def cut_passes(
     """Cuts examples into passes of `size` rows as `make_micro_batches` does, the largest first; without padding a pass is one
     long row."""
     order = np.argsort(-lengths, kind="stable")
-    groups = [order[group] for group in group_rows(len(order), size, evenly=evenly)]
+    groups = [order[group].tolist() for group in group_rows(len(order), size, evenly=evenly)]
+    return make_passes(lengths, supervised, groups, is_flat=is_flat)
+
+
+def make_passes(
+    lengths: Lengths, supervised: Lengths, groups: Sequence[Sequence[int]], *, is_flat: bool
+) -> list[ForwardPass]:
+    """The passes of grouped examples, the largest first; the first of each group is its longest."""
     passes = [
         ForwardPass(
             rows=1 if is_flat else len(group),
-            length=int(lengths[group].sum() if is_flat else lengths[group[0]]),
-            supervised=int(supervised[group].sum()),
+            length=int(lengths[list(group)].sum() if is_flat else lengths[group[0]]),
+            supervised=int(supervised[list(group)].sum()),
             masked=not is_flat and bool(lengths[group[0]] != lengths[group[-1]]),
         )
         for group in groups

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from config.structured_config import LoraSection, Recipe
 from tests.utils.test_model_shape import MODEL_TYPES, build_empty, make_config
 from utils.activations import count_activations, count_adapters
+from utils.backends.torch_gated import keep_less
 from utils.backends.torch_lora import FUSED_MODULES
 from utils.model_shape import ModelShape, read_shape
 from utils.workload import ForwardPass
@@ -38,11 +39,16 @@ def read_known_shape(model_type: str) -> ModelShape:
 
 
 def count_saved_bytes(model_type: str, lora: LoraSection | None, dtype: torch.dtype, *, masked: bool) -> int:
-    """Bytes of all storages that autograd saves in one forward pass, weights and logits left out."""
+    """Bytes of all storages that autograd saves in one forward pass, weights and logits left out.
+
+    What the last module of a gated MLP saves has hooks of its own, and is seen by them alone: its result in the adapter's
+    rank, which is nothing beside the rest.
+    """
     torch.manual_seed(0)
     implementation = "eager" if model_type in PLAIN else "sdpa"
     config = make_config(model_type)
     network = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(dtype)
+    keep_less(network)
     if lora:
         config = lora.to_peft_config()
         config._register_custom_module(FUSED_MODULES)
@@ -83,7 +89,7 @@ def test_a_forward_pass_keeps_what_is_predicted(model_type: str, dtype: str, mas
     item = ForwardPass(ROWS, LENGTH, ROWS * SUPERVISED, masked)
     got = count_activations(make_recipe(lora), read_known_shape(model_type), item, number.itemsize, "cpu")
     # Plain attention also keeps causal masks as large as a table of positions, which small models show and large ones do not.
-    assert got == pytest.approx(expected, rel=0.2 if model_type == "gpt_neo" else 0.06)
+    assert got == pytest.approx(expected, rel={"gpt_neo": 0.2, "gemma2": 0.08}.get(model_type, 0.06))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +126,9 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer() -> None:
     whole = count_activations(make_recipe(LoraSection()), shape, item, 4, "cpu")
     less = count_activations(make_recipe(LoraSection(), checkpointing=True), shape, item, 4, "cpu")
     inputs = 4 * shape.hidden * shape.layers * item.tokens
-    assert whole / shape.layers < less - inputs < whole / shape.layers * 1.1
+    # The layer that is computed again keeps all of its MLP, which it otherwise forms anew: two tensors of the inner width more.
+    again = 2 * 4 * shape.intermediate * item.tokens
+    assert whole / shape.layers + again < less - inputs < whole / shape.layers * 1.1 + again
 
 
 def test_dropout_on_attention_costs_matrices_on_a_cpu_only() -> None:

@@ -10,6 +10,7 @@ import pytest
 from utils.batching import (
     count_answer_tokens,
     group_first_fit,
+    group_scored_rows,
     iterate_windows,
     make_micro_batches,
     pack_row,
@@ -199,3 +200,11 @@ def test_pairs_of_like_length_share_a_micro_batch() -> None:
     pairs = [make_pair(1, 1, 1), make_pair(20, 3, 3), make_pair(2, 1, 1), make_pair(19, 3, 3)]
     batches = make_micro_batches(pairs, 2, PAD)
     assert [batch.lengths.tolist() for batch in batches] == [[28, 27], [6, 5]]
+
+
+def test_scored_rows_share_a_pass_up_to_a_number_and_to_their_tokens_and_the_longest_come_first() -> None:
+    lengths = [5, 70, 3, 40, 4, 300, 38, 2]
+    groups = group_scored_rows(lengths, 3, 20)  # 80 tokens a pass
+    assert groups == [[5], [1], [3, 6], [0, 4, 2], [7]]
+    assert all(len(group) == 1 or lengths[group[0]] * len(group) <= 80 for group in groups)
+    assert group_scored_rows([], 3, 20) == []

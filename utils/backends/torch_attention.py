@@ -51,7 +51,8 @@ def attend(
         return padded
     scale, window = others.get("scaling"), others.get("sliding_window")
     parts = [attend_span(query, key, value, span, scale, window) for span in spans]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return whole.transpose(1, 2), None
 
 
 def attend_span(

@@ -24,6 +24,7 @@ from utils.backends.torch_adapter_files import load_adapter as load_adapter
 from utils.backends.torch_adapter_files import merge_adapter as merge_adapter
 from utils.backends.torch_adapter_files import save_weights as save_weights
 from utils.backends.torch_adapters import attach_lora as attach_lora
+from utils.backends.torch_gated import keep_less
 from utils.backends.torch_generation import generate as generate
 from utils.backends.torch_generation import stream as stream
 from utils.backends.torch_layout import choose_layout
@@ -68,6 +69,8 @@ def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
     network.eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
+    if recipe.training.gradient_checkpointing is not True:  # which forms all of a layer anew
+        keep_less(network)
     is_reward = recipe.reward is not None
     model = TorchModel(network, plan, accelerator, source.public_name, recipe.model.quantization, added_ids, is_reward)
     return choose_layout(model, recipe)

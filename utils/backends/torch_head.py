@@ -80,7 +80,7 @@ class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]  # torch types
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = head.compute(hidden[part])
-            losses[part], probabilities = split_softmax(logits, targets[part])
+            losses[part], probabilities = split_softmax(logits, targets[part], keeps_logits=head.softcap is not None)
             if slopes is None:
                 continue
             probabilities.scatter_add_(1, targets[part, None], probabilities.new_full((len(logits), 1), -1.0))
@@ -98,12 +98,19 @@ class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]  # torch types
         return slopes * gradient[:, None].to(slopes.dtype), None, None
 
 
-def split_softmax(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses of the targets, shape (rows,), and all probabilities in float32, shape (rows, vocabulary)."""
+def split_softmax(
+    logits: torch.Tensor, targets: torch.Tensor, *, keeps_logits: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of the targets, shape (rows,), and all probabilities in float32, shape (rows, vocabulary).
+
+    Args:
+        keeps_logits: otherwise the probabilities take their place in memory.
+    """
     logits = logits.float()
     largest, at = logits.max(1, keepdim=True)
     wanted = logits.gather(1, targets[:, None])
-    probabilities = torch.softmax(logits, 1)
+    # Row by row: the largest number, the exponentials, their sum. Each number is read before its place is written.
+    probabilities = torch.softmax(logits, 1, out=None if keeps_logits else logits)
     # The likeliest token's probability is never 0, so the denominator is exact however far the target lies below.
     normalisers = largest - probabilities.gather(1, at).log_()
     return (normalisers - wanted)[:, 0], probabilities

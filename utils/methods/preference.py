@@ -11,6 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from config.structured_config import Recipe
 from utils.backends import Backend, PairScores, StepResult
-from utils.batching import pad_rows
+from utils.batching import group_scored_rows, pad_rows
 from utils.cache_entries import open_or_build
 from utils.cache_keys import find_forward_versions, hash_code
 from utils.exceptions import TrainingError
@@ -131,14 +132,13 @@ class Scorer:
             TrainingError: one of them is not finite.
         """
         # Pairs of like length share a forward pass, and then return to their order.
-        order = np.argsort([-len(pair.input_ids) for pair in pairs], kind="stable")
-        starts = range(0, len(order), self.batch_size)
-        groups = [order[start : start + self.batch_size] for start in starts]
-        batches = [pad_rows([pairs[int(index)] for index in group], self.pad_token_id) for group in groups]
+        budget = self.backend.describe_machine(self.model).token_budget
+        groups = group_scored_rows([len(pair.input_ids) for pair in pairs], self.batch_size, budget)
+        batches = [pad_rows([pairs[index] for index in group], self.pad_token_id) for group in groups]
         with Progress(title, len(pairs), "pairs") as progress:
             sorted_scores = self.backend.score_pairs(self.model, batches, progress.advance)
         scores = np.empty_like(sorted_scores)
-        scores[order] = sorted_scores
+        scores[list(chain.from_iterable(groups))] = sorted_scores
         if (wrong := np.flatnonzero(~np.isfinite(scores).all(axis=1))).size:
             message = "the model gives an answer a log-probability that is not finite"
             fix = "set model.dtype: float32, or look at the row"
