@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,56 +24,48 @@ ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = "embedded/smollm2-135m-instruct"
 
 
-# Importing the frameworks takes seconds. Scripts that come one after the other can share a process, and are still themselves.
-DRIVER = """
-import json, runpy, sys
-for command in json.loads(sys.argv[1]):
-    sys.argv, code = command, 0
-    try:
-        runpy.run_path(command[0], run_name="__main__")
-    except SystemExit as error:
-        code = error.code or 0
-    for stream in (sys.stdout, sys.stderr):
-        print(f"<<exit {code}>>", file=stream, flush=True)
-"""
-
-
 class Finished(NamedTuple):
-    """What one script of several left."""
+    """What a script left."""
 
     returncode: int
     stdout: str
     stderr: str
 
 
-RunTogether = Callable[..., list[Finished]]
+RunScript = Callable[..., Finished]
+
+
+class ScriptServer:
+    """Runs scripts one after the other, each in a process of its own that need not import the frameworks (script_server.py)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        command = [sys.executable, str(ROOT / "tests" / "script_server.py")]
+        self.process = subprocess.Popen(command, cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(self, name: str, *arguments: object, cwd: Path, stdin: str = "", **environment: str) -> Finished:
+        """Runs `scripts/<name>.py` as a user would, from `cwd`."""
+        paths = {stream: self.folder / stream for stream in ("stdin", "stdout", "stderr")}
+        for stream, path in paths.items():
+            path.write_text(stdin if stream == "stdin" else "", encoding="utf-8")
+        request = {"name": name, "arguments": [str(each) for each in arguments], "cwd": str(cwd)}
+        request |= {"environment": environment, **{stream: str(path) for stream, path in paths.items()}}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        code = int(self.process.stdout.readline())
+        return Finished(code, *(paths[stream].read_text(encoding="utf-8") for stream in ("stdout", "stderr")))
 
 
 @pytest.fixture(scope="session")
-def run_together() -> RunTogether:
-    """Runs scripts one after the other in one new process: `run_together([("train", "--recipe", path), …], cwd)`."""
-
-    def run(
-        commands: Sequence[Sequence[object]], cwd: Path, environment: dict[str, str] | None = None
-    ) -> list[Finished]:
-        full = [[str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)] for name, *arguments in commands]
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER, json.dumps(full)],
-            cwd=cwd,
-            env={**os.environ, **(environment or {})},
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        parts = [re.split(r"<<exit (\d+)>>\n", stream) for stream in (done.stdout, done.stderr)]
-        return [
-            Finished(int(parts[0][2 * number + 1]), parts[0][2 * number], parts[1][2 * number])
-            for number in range(len(full))
-        ]
-
-    return run
+def run_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunScript]:
+    """`run_script("train", "--recipe", path, cwd=folder)`, and environment variables as further keywords."""
+    server = ScriptServer(tmp_path_factory.mktemp("script_server"))
+    yield server.run
+    assert server.process.stdin is not None
+    server.process.stdin.close()
+    assert server.process.wait(timeout=60) == 0
 
 
 @pytest.fixture(scope="session", autouse=True)

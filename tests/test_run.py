@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from scripts import evaluate_run, infer, merge, train
+from tests.conftest import Finished, RunScript
 from utils.exceptions import RecipeError, RunError
 
 pytestmark = pytest.mark.slow
@@ -25,18 +26,6 @@ RUN_KEYS = {
     *("status", "device", "dtype", "steps", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes"),
     *("time_to_first_step_s", "train_loss", "eval_loss", "best_step", "versions", "data_hash", "template_hash"),
 }
-
-
-def run_script(name: str, *arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script as a user would, from `cwd`."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
 
 
 def write_rows(path: Path, count: int = 24) -> Path:
@@ -77,7 +66,7 @@ def write_recipe(folder: Path, model: Path, **training: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, run_script: RunScript) -> Path:
     """A working folder with one finished run in it, tracked by wandb (offline) and tensorboard, with secrets around."""
     work = tmp_path_factory.mktemp("work")
     recipe = write_recipe(work, tiny_llama)
@@ -96,11 +85,11 @@ def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def followed_up(finished: Path, run_together: Any) -> tuple[Any, Any]:
+def followed_up(finished: Path, run_script: RunScript) -> tuple[Finished, Finished]:
     """That run evaluated, and its recipe trained once more into `again`."""
-    again = ("train", "--recipe", finished / "tiny.yaml", "--run", finished / "again")
-    evaluated, repeated = run_together([("evaluate_run", "--run", find_run(finished)), again], finished)
-    return evaluated, repeated
+    evaluated = run_script("evaluate_run", "--run", find_run(finished), cwd=finished)
+    again = ("--recipe", finished / "tiny.yaml", "--run", finished / "again")
+    return evaluated, run_script("train", *again, cwd=finished)
 
 
 def find_run(work: Path) -> Path:
@@ -156,7 +145,7 @@ def test_no_secret_reaches_the_run_folder_or_a_tracker(finished: Path) -> None:
             assert b"learning_rate" in content
 
 
-def test_the_same_recipe_gives_the_same_losses(finished: Path, followed_up: tuple[Any, Any]) -> None:
+def test_the_same_recipe_gives_the_same_losses(finished: Path, followed_up: tuple[Finished, Finished]) -> None:
     again, done = finished / "again", followed_up[1]
     assert done.returncode == 0, done.stderr
 
@@ -170,7 +159,9 @@ def test_the_same_recipe_gives_the_same_losses(finished: Path, followed_up: tupl
     assert (first / weights).read_bytes() == (again / weights).read_bytes()
 
 
-def test_evaluation_writes_a_report_with_intervals_and_a_verdict(finished: Path, followed_up: tuple[Any, Any]) -> None:
+def test_evaluation_writes_a_report_with_intervals_and_a_verdict(
+    finished: Path, followed_up: tuple[Finished, Finished]
+) -> None:
     done = followed_up[0]
     assert done.returncode == 0, done.stderr
     run = next(path for path in (finished / "outputs" / "tiny").iterdir() if path.is_dir())
@@ -189,7 +180,9 @@ def test_evaluation_writes_a_report_with_intervals_and_a_verdict(finished: Path,
     assert report["verdict"].split(":")[0] in done.stdout
 
 
-def test_a_merged_model_answers_like_its_adapter_and_loads_in_transformers(finished: Path, run_together: Any) -> None:
+def test_a_merged_model_answers_like_its_adapter_and_loads_in_transformers(
+    finished: Path, run_script: RunScript
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     target = finished / "merged"
@@ -197,16 +190,14 @@ def test_a_merged_model_answers_like_its_adapter_and_loads_in_transformers(finis
     prompts.write_text('{"prompt": "Say 3"}\n{"messages": [{"role": "user", "content": "Say 4"}]}\n', encoding="utf-8")
     of_run, of_merged = finished / "of_run.jsonl", finished / "of_merged.jsonl"
     options = ("--set", "generation.max_new_tokens=4", "--prompts", prompts)
-    done, again, *asked, single = run_together(
-        [
-            ("merge", "--out", target),
-            ("merge", "--out", target),
-            ("infer", "--run", find_run(finished), "--prompts", prompts, "--out", of_run),
-            ("infer", "--model", target, *options, "--out", of_merged),
-            ("infer", "--prompt", "Say 3"),
-        ],
-        finished,
-    )
+    commands = [
+        ("merge", "--out", target),
+        ("merge", "--out", target),
+        ("infer", "--run", find_run(finished), "--prompts", prompts, "--out", of_run),
+        ("infer", "--model", target, *options, "--out", of_merged),
+        ("infer", "--prompt", "Say 3"),
+    ]
+    done, again, *asked, single = (run_script(*command, cwd=finished) for command in commands)
     assert done.returncode == 0, done.stderr
     assert "changed tensors equal base + adapter within rounding" in done.stdout
     assert "KL divergence" not in done.stdout  # which takes --compare: no framework was loaded
@@ -225,15 +216,8 @@ def test_a_merged_model_answers_like_its_adapter_and_loads_in_transformers(finis
     assert "warn" not in single.stderr.lower()
 
 
-def test_a_conversation_remembers_and_ends(finished: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "infer.py")],
-        cwd=finished,
-        input="Say 1\n/reset\n<|im_end|>\n/exit\n",
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_a_conversation_remembers_and_ends(finished: Path, run_script: RunScript) -> None:
+    done = run_script("infer", cwd=finished, stdin="Say 1\n/reset\n<|im_end|>\n/exit\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> ") == 4
     assert "control token <|im_end|>" in done.stderr
@@ -277,7 +261,9 @@ def test_a_signal_finishes_the_step_saves_and_says_so(tiny_llama: Path, tmp_path
 
 
 @pytest.fixture(scope="module")
-def unusual(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, run_together: Any) -> tuple[Path, Any, Any]:
+def unusual(
+    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, run_script: RunScript
+) -> tuple[Path, Finished, Finished]:
     """A run that gains nothing in `early`, and one of a broken model in `nan`."""
     from safetensors.torch import load_file, save_file
 
@@ -296,11 +282,11 @@ def unusual(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, run_toge
         ("train", "--recipe", recipe, "--run", folder / "run")
         for recipe, folder in ((early, folders[0]), (write_recipe(folders[1], folders[2]), folders[1]))
     ]
-    stopped, failed = run_together(commands, work)
+    stopped, failed = (run_script(*command, cwd=work) for command in commands)
     return work, stopped, failed
 
 
-def test_early_stopping_ends_a_run_that_no_longer_gains(unusual: tuple[Path, Any, Any]) -> None:
+def test_early_stopping_ends_a_run_that_no_longer_gains(unusual: tuple[Path, Finished, Finished]) -> None:
     work, done, _ = unusual
     assert done.returncode == 0, done.stderr
     run = work / "early" / "run"
@@ -311,7 +297,7 @@ def test_early_stopping_ends_a_run_that_no_longer_gains(unusual: tuple[Path, Any
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == best.read_bytes()
 
 
-def test_a_run_whose_numbers_are_not_finite_stops_and_says_failed(unusual: tuple[Path, Any, Any]) -> None:
+def test_a_run_whose_numbers_are_not_finite_stops_and_says_failed(unusual: tuple[Path, Finished, Finished]) -> None:
     work, _, done = unusual
     run = work / "nan" / "run"
     assert done.returncode == 5, done.stderr

@@ -1,31 +1,16 @@
 """A new model through the real scripts: trained from a text file, evaluated, asked, and again the same."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
+from tests.conftest import Finished, RunScript
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 SENTENCE = "the cat sat on the mat and the dog ran to the sea.\n"
-
-
-def run_script(name: str, *arguments: object, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs a script as a user would, from `cwd`."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "TUNEBOOK_CACHE": str(cwd / "cache")},
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
 
 
 def write_recipe(folder: Path, architecture: str) -> Path:
@@ -46,17 +31,27 @@ def write_recipe(folder: Path, architecture: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_apart(run_script: RunScript) -> RunScript:
+    """Runs a script with a cache of its own in the working folder."""
+
+    def run(*arguments: object, cwd: Path, stdin: str = "") -> Finished:
+        return run_script(*arguments, cwd=cwd, stdin=stdin, TUNEBOOK_CACHE=str(cwd / "cache"))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, run_apart: RunScript) -> Path:
     """A working folder with a finished run called `run`."""
     work = tmp_path_factory.mktemp("work")
-    done = run_script("train", "--recipe", write_recipe(work, "llama"), "--run", work / "run", cwd=work)
+    done = run_apart("train", "--recipe", write_recipe(work, "llama"), "--run", work / "run", cwd=work)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "goes on: " in done.stderr
     return work
 
 
 @pytest.fixture(scope="module")
-def followed_up(finished: Path, run_together: Any) -> list[Any]:
+def followed_up(finished: Path, run_apart: RunScript) -> list[Finished]:
     """That run evaluated, its model folder asked, and its recipe trained once more into `again`."""
     ask = ("infer", "--model", finished / "run" / "model", "--prompt", "the dog")
     commands = [
@@ -64,8 +59,7 @@ def followed_up(finished: Path, run_together: Any) -> list[Any]:
         (*ask, "--set", "generation.max_new_tokens=20"),
         ("train", "--recipe", finished / "tiny_llama.yaml", "--run", finished / "again"),
     ]
-    found: list[Any] = run_together(commands, finished, {"TUNEBOOK_CACHE": str(finished / "cache")})
-    return found
+    return [run_apart(*command, cwd=finished) for command in commands]
 
 
 def test_a_new_model_learns_its_text(finished: Path) -> None:
@@ -81,7 +75,7 @@ def test_a_new_model_learns_its_text(finished: Path) -> None:
     assert not [name for name in names if name.endswith((".bin", ".pkl", ".pt"))]
 
 
-def test_the_report_compares_the_random_model_with_the_trained_one(finished: Path, followed_up: list[Any]) -> None:
+def test_the_report_compares_the_random_model_with_the_trained_one(finished: Path, followed_up: list[Finished]) -> None:
     done = followed_up[0]
     assert done.returncode == 0, done.stderr
     report = json.loads((finished / "run" / "report.json").read_text(encoding="utf-8"))
@@ -96,18 +90,20 @@ def test_the_report_compares_the_random_model_with_the_trained_one(finished: Pat
     assert "Text before and after" in (finished / "run" / "report.md").read_text(encoding="utf-8")
 
 
-def test_infer_goes_on_beyond_the_context_and_needs_no_corpus(finished: Path) -> None:
+def test_infer_goes_on_beyond_the_context_and_needs_no_corpus(finished: Path, run_apart: RunScript) -> None:
     (finished / "corpus.txt").rename(finished / "gone.txt")
-    done = run_script("infer", "--run", finished / "run", "--prompt", "the cat", cwd=finished)
+    done = run_apart("infer", "--run", finished / "run", "--prompt", "the cat", cwd=finished)
     (finished / "gone.txt").rename(finished / "corpus.txt")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.rstrip("\n")) >= 140
     assert "dog ran to the sea" in done.stdout
 
 
-def test_a_conversation_takes_each_prompt_by_itself_and_goes_on_after_an_unknown_character(finished: Path) -> None:
+def test_a_conversation_takes_each_prompt_by_itself_and_goes_on_after_an_unknown_character(
+    finished: Path, run_apart: RunScript
+) -> None:
     talk = "the dog\nQuick\nthe dog\n/exit\n"
-    done = run_script("infer", "--run", finished / "run", cwd=finished, stdin=talk)
+    done = run_apart("infer", "--run", finished / "run", cwd=finished, stdin=talk)
     assert done.returncode == 0, done.stderr
     assert "does not know 'Q'" in done.stderr
     answers = done.stdout.split("> ")
@@ -115,19 +111,19 @@ def test_a_conversation_takes_each_prompt_by_itself_and_goes_on_after_an_unknown
     assert answers[1] == answers[3]
 
 
-def test_infer_loads_the_model_folder_alone(followed_up: list[Any]) -> None:
+def test_infer_loads_the_model_folder_alone(followed_up: list[Finished]) -> None:
     asked = followed_up[1]
     assert asked.returncode == 0, asked.stderr
     assert "ran to the sea" in asked.stdout
 
 
-def test_merge_says_that_there_is_nothing_to_merge(finished: Path) -> None:
-    done = run_script("merge", "--run", finished / "run", cwd=finished)
+def test_merge_says_that_there_is_nothing_to_merge(finished: Path, run_apart: RunScript) -> None:
+    done = run_apart("merge", "--run", finished / "run", cwd=finished)
     assert done.returncode == 5
     assert str(finished / "run" / "model") in done.stderr
 
 
-def test_two_runs_give_equal_weights(finished: Path, followed_up: list[Any]) -> None:
+def test_two_runs_give_equal_weights(finished: Path, followed_up: list[Finished]) -> None:
     done = followed_up[2]
     assert done.returncode == 0, done.stderr
     first, second = (load_file(finished / name / "model" / "model.safetensors") for name in ("run", "again"))
@@ -135,11 +131,11 @@ def test_two_runs_give_equal_weights(finished: Path, followed_up: list[Any]) -> 
     assert all((first[key] == second[key]).all() for key in first)
 
 
-def test_gpt2_trains_and_answers_beyond_its_last_position(tmp_path: Path, run_together: Any) -> None:
+def test_gpt2_trains_and_answers_beyond_its_last_position(tmp_path: Path, run_apart: RunScript) -> None:
     # GPT-2 has an embedding for each position: without a sliding window the 65th token would be an IndexError.
     run = ("--run", tmp_path / "run")
     train = ("train", "--recipe", write_recipe(tmp_path, "gpt2"), *run)
-    done, asked = run_together([train, ("infer", *run, "--prompt", "the cat")], tmp_path)
+    done, asked = run_apart(*train, cwd=tmp_path), run_apart("infer", *run, "--prompt", "the cat", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["eval_loss"] < 0.5
     assert asked.returncode == 0, asked.stderr
