@@ -15,6 +15,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Tests run side by side: with several threads each, tiny models mostly wait for each other, at three times the processor time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from config.structured_config import ModelSection
 from utils.logging import set_up_logging

@@ -341,27 +341,16 @@ def test_a_config_that_transformers_refuses_is_an_error_with_a_fix(
 def test_batched_greedy_answers_equal_those_given_one_by_one(embedded: ModelSource) -> None:
     recipe = make_recipe(embedded.folder)
     model = torch_backend.load_model(embedded, recipe)
-    settings = GenerationSettings(GenerationSection(max_new_tokens=12), (2,), PAD)
+    settings = GenerationSettings(GenerationSection(max_new_tokens=8), (2,), PAD)
     from utils.tokenizer_files import load_tokenizer
     from utils.tokenizer_utils import TokenizerUtils
 
     tokenizer = TokenizerUtils(load_tokenizer(embedded.folder))
     texts = ["Hi", "What is the capital of France?", "Name three colours and say which one is the sky's.", "2 + 2 ="]
-    texts += [
-        "Say yes.",
-        "Write a line about rain.",
-        "Translate good morning into French, please.",
-        "Who wrote Hamlet?",
-    ]
-    texts += [
-        "List the days of the week.",
-        "What is 7 times 8?",
-        "Is a whale a fish?",
-        "A short poem about winter, please.",
-    ]
+    texts += ["Say yes.", "Translate good morning into French, please."]
     prompts = [tokenizer.encode_prompt([{"role": "user", "content": text}]) for text in texts]
     untouched = model.network.generation_config.to_dict()
-    together = torch_backend.generate(model, prompts, settings, 5)
+    together = torch_backend.generate(model, prompts, settings, 4)
     alone = [torch_backend.generate(model, [prompt], settings, 1)[0] for prompt in prompts]
     streamed = [list(torch_backend.stream(model, pad_prompts_left([prompt], PAD), settings)) for prompt in prompts]
     assert together == alone == streamed

@@ -67,8 +67,9 @@ def answer_alone(model: TorchModel, prompts: Sequence[Ids], settings: Generation
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prefix", [0, 7])
-@pytest.mark.parametrize("name", sorted({**CONFIGS, **OTHERS}))
+@pytest.mark.parametrize(
+    ("name", "prefix"), [*((name, 7) for name in sorted({**CONFIGS, **OTHERS})), ("llama", 0), ("gpt2", 0)]
+)
 def test_rows_that_come_and_go_are_answered_as_each_is_alone(name: str, prefix: int) -> None:
     model, prompts = make_model({**CONFIGS, **OTHERS}[name]), make_prompts(prefix)
     assert uses_slots(model.network) == (name in SLOT_MODELS)
@@ -99,9 +100,9 @@ def test_a_prompt_that_is_asked_twice_gets_the_same_answer_twice() -> None:
 
 
 def test_answers_that_outgrow_the_first_cache_stay_the_same() -> None:
-    model, prompts = make_model(LlamaConfig(**SHAPE, max_position_embeddings=512)), make_prompts(3)
-    settings = GenerationSettings(GenerationSection(max_new_tokens=230), (2,), 0)
-    assert torch_backend.generate(model, prompts, settings, 4) == answer_alone(model, prompts, settings)
+    model, prompts = make_model(LlamaConfig(**SHAPE, max_position_embeddings=512)), make_prompts(3)[:4]
+    settings = GenerationSettings(GenerationSection(max_new_tokens=160), (2,), 0)
+    assert torch_backend.generate(model, prompts, settings, 3) == answer_alone(model, prompts, settings)
 
 
 def test_a_repetition_penalty_sees_the_row_alone_and_no_padding() -> None:
