@@ -59,9 +59,10 @@ def choose_micro_batch_size(loaded: LoadedRecipe, preflight: Preflight, machine:
         return loaded
     lengths = preflight.data.train.lengths
     row = workload.find_usual_length(lengths, runs_flat=machine.runs_flat)
-    size = workload.choose_micro_batch_size(training.batch_size, row, machine.workers, machine.token_budget)
+    budget = workload.find_token_budget(loaded.recipe, machine.device, machine.token_budget)
+    size = workload.choose_micro_batch_size(training.batch_size, row, machine.workers, budget)
     name = "mean" if machine.runs_flat else "longest"
-    reason = f"{machine.workers} worker(s), {machine.token_budget} tokens a forward pass, {name} example {row}"
+    reason = f"{machine.workers} worker(s), {budget} tokens a forward pass, {name} example {row}"
     get_logger().info("training.micro_batch_size: %d (%s)", size, reason)
     return loaded.with_automatic_value("training.micro_batch_size", size, reason)
 

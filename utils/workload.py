@@ -21,6 +21,7 @@ Lengths = npt.NDArray[np.int64]
 # A run of a million rows has tens of thousands of windows; their worst one is hardly longer than that of the first thousands.
 MAX_WINDOWS = 5000
 SAME_LENGTH = 0.95
+WHOLE_BUDGETS = 2  # times the token budget of a pass on a CPU that trains all weights
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ class Workload:
     micro_batches: int
     repeated: bool
     evaluation: tuple[ForwardPass, ...]
+
+
+def find_token_budget(recipe: Recipe, device: str, token_budget: int) -> int:
+    """Tokens of a training pass: more than the machine's on a CPU where all weights are trained.
+
+    Each pass then writes a gradient as large as the model and adds it to the one before, so fewer and longer passes are quicker.
+    """
+    return WHOLE_BUDGETS * token_budget if recipe.lora is None and device == "cpu" else token_budget
 
 
 def choose_micro_batch_size(batch_size: int, row: int, workers: int, token_budget: int) -> int:
@@ -130,7 +139,8 @@ def plan_workload(
     size, is_flat = training.micro_batch_size, expect_flat(recipe, shape, machine)
     if not isinstance(size, int):
         row = find_usual_length(lengths, runs_flat=is_flat)
-        size = choose_micro_batch_size(training.batch_size, row, machine.workers, machine.token_budget)
+        budget = find_token_budget(recipe, machine.device, machine.token_budget)
+        size = choose_micro_batch_size(training.batch_size, row, machine.workers, budget)
     worst: tuple[float, Workload | None] = (-1.0, None)
     epochs = 1 if training.max_steps else max(1, round(training.epochs))
     windows = (

@@ -12,7 +12,14 @@ from utils.batching import iterate_windows, make_micro_batches
 from utils.machine import Machine
 from utils.model_shape import ModelShape, read_shape
 from utils.tokenizer_utils import EncodedExample
-from utils.workload import ForwardPass, assume_workload, choose_micro_batch_size, count_training_workers, plan_workload
+from utils.workload import (
+    ForwardPass,
+    assume_workload,
+    choose_micro_batch_size,
+    count_training_workers,
+    find_token_budget,
+    plan_workload,
+)
 
 LLAMA = {
     "model_type": "llama",
@@ -130,6 +137,13 @@ def test_the_automatic_size_gives_every_worker_a_share_within_the_budget(
     batch_size: int, longest: int, workers: int, budget: int, size: int
 ) -> None:
     assert choose_micro_batch_size(batch_size, longest, workers, budget) == size
+
+
+def test_passes_are_longer_where_each_writes_a_gradient_as_large_as_the_model() -> None:
+    adapted, whole = make_recipe(), make_recipe().model_copy(update={"lora": None})
+    assert find_token_budget(adapted, "cpu", 256) == 256
+    assert find_token_budget(whole, "cpu", 256) == 512
+    assert find_token_budget(whole, "cuda", 16_384) == 16_384
 
 
 def test_one_worker_trains_where_random_numbers_are_drawn() -> None:
