@@ -66,7 +66,7 @@ class Workload:
 def find_token_budget(recipe: Recipe, device: str, token_budget: int) -> int:
     """Tokens of a training pass: more than the machine's on a CPU where all weights are trained.
 
-    Each pass then writes a gradient as large as the model and adds it to the one before, so fewer and longer passes are quicker.
+    Each pass then writes a gradient as large as the model and adds it to the one before: fewer, longer passes are quicker.
     """
     return WHOLE_BUDGETS * token_budget if recipe.lora is None and device == "cpu" else token_budget
 
