@@ -145,11 +145,15 @@ class RunRecord:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
-            results = self.results if error is None else {"status": "failed", "error": self.log_error(error)}
-            skipped = {"skipped_steps": self.folder.count_skipped_steps()}
-            self.folder.write_facts({**self.facts, **skipped, **results})
+            results = self.results if error is None else self.describe_failure(error)
+            self.folder.write_facts({**self.facts, **results})
         finally:
             remove_log_file(self.log)
+
+    def describe_failure(self, error: BaseException) -> dict[str, Any]:
+        """What run.json says of a run that did not end by itself."""
+        skipped = self.folder.count_skipped_steps()
+        return {"status": "failed", "error": self.log_error(error), "skipped_steps": skipped}
 
     def log_error(self, error: BaseException) -> str:
         """Writes what ended the run into its log alone, for the terminal shows it anyway; a fault of ours with its traceback.
@@ -177,9 +181,27 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file of JSON lines; none where there is no file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """All rows of a file that `append_line` wrote; none where there is no file. Half a last line, left by a kill, is no row.
+
+    Raises:
+        RunError: a line is no JSON object with a step.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot be read: {error}", where=str(path), code="no-run") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            fix = "restore the file from a copy: the run wrote something else"
+            message = "is no JSON object with a step"
+            raise RunError(message, where=f"{path}:{number}", fix=fix, code="no-run")
+        rows.append(row)
+    return rows
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -54,6 +54,7 @@ class LoopParts:
         save_weights: writes the trained weights into a folder.
         watch: says what is wrong with a young run.
         rehearses: the heaviest step is tried before the first one, because it may not fit into memory.
+        stop_after: step after which to stop and save nothing, for a replay; None takes all steps.
     """
 
     step: TrainStep
@@ -66,6 +67,7 @@ class LoopParts:
     tracker: Tracker
     watch: RunWatch | None = None
     rehearses: bool = False
+    stop_after: int | None = None
 
 
 @dataclass
@@ -129,8 +131,11 @@ def train(parts: LoopParts) -> TrainingState:
 
 
 def follow_up_step(parts: LoopParts, state: TrainingState, progress: Progress) -> None:
-    """Shows, evaluates and saves what is due after a step; the same for every engine."""
+    """Shows, evaluates and saves what is due after a step, and ends a replay; the same for every engine."""
     progress.advance(1, f"loss {state.last_loss:.3f}, {state.tokens_per_second:.0f} tokens/s")
+    if parts.stop_after is not None:
+        state.stop_reason = "replayed" if state.step >= parts.stop_after else None
+        return
     if is_due(state.step, parts.plan.eval_every):
         run_evaluation(parts, state)
     if is_due(state.step, parts.plan.save_every) or state.best_step == state.step:
@@ -139,6 +144,8 @@ def follow_up_step(parts: LoopParts, state: TrainingState, progress: Progress) -
 
 def finish_run(parts: LoopParts, state: TrainingState) -> None:
     """Evaluates and saves the last step, unless that is done; a signal is not made to wait for an evaluation."""
+    if parts.stop_after is not None:
+        return
     if state.evaluated_at != state.step and state.signal_number is None:
         run_evaluation(parts, state)
     if state.saved_at != state.step:

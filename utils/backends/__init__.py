@@ -96,6 +96,7 @@ class MachineFacts:
         reasons: what was chosen automatically, and why.
         quantization: how the frozen weights are stored, as in the recipe.
         runs_flat: forward passes compute no padding, so rows of any lengths may share one.
+        threads: of each operation outside the workers.
     """
 
     device: str
@@ -107,6 +108,7 @@ class MachineFacts:
     reasons: tuple[str, ...]
     quantization: str = "none"
     runs_flat: bool = False
+    threads: int = 1
 
 
 @dataclass(frozen=True)
