@@ -265,11 +265,15 @@ def summarise(run: PreparedRun, state: TrainingState) -> dict[str, Any]:
     if predicted:
         message = "Peak memory: %.2f GB, predicted %.2f GB (%+.0f %%)"
         get_logger().info(message, peak / 1e9, predicted.total / 1e9, 100 * (predicted.total / peak - 1))
+    if skipped := run.folder.count_skipped_steps():
+        get_logger().warning(
+            "%d of %d steps were not taken; their rows: %s", skipped, state.step, run.folder.skipped_file
+        )
     return {
         "status": "stopped" if state.signal_number is not None else "finished",
         "stop_reason": state.stop_reason,
         "halvings": state.halvings,
-        "skipped_steps": run.folder.count_skipped_steps(),
+        "skipped_steps": skipped,
         "steps": state.step,
         "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens,
