@@ -94,11 +94,16 @@ def replay_steps(run: PreparedRun, recorded: Sequence[Row]) -> list[StepComparis
 
     Args:
         run: freshly loaded, as if it were to be trained; its folder is only read.
+
+    Raises:
+        SystemExit: a signal ended it.
     """
     with tempfile.TemporaryDirectory(prefix="tunebook-replay-") as name:
         folder = RunFolder(Path(name))
         parts = make_parts(replace(run, folder=folder), Tracker(TrackingSection(), folder.path, {}))
-        train_with_engine(run, replace(parts, evaluate=None, stop_after=recorded[-1]["step"]))
+        state = train_with_engine(run, replace(parts, evaluate=None, stop_after=recorded[-1]["step"]))
+        if state.signal_number is not None:
+            raise SystemExit(128 + state.signal_number)
         rows = {row["step"]: row for row in folder.read_metrics()}
     return [
         StepComparison(row["step"], row, rows[row["step"]], measure_distance(row, rows[row["step"]]))

@@ -134,7 +134,8 @@ def follow_up_step(parts: LoopParts, state: TrainingState, progress: Progress) -
     """Shows, evaluates and saves what is due after a step, and ends a replay; the same for every engine."""
     progress.advance(1, f"loss {state.last_loss:.3f}, {state.tokens_per_second:.0f} tokens/s")
     if parts.stop_after is not None:
-        state.stop_reason = "replayed" if state.step >= parts.stop_after else None
+        if state.step >= parts.stop_after:
+            state.stop_reason = "replayed"
         return
     if is_due(state.step, parts.plan.eval_every):
         run_evaluation(parts, state)
@@ -242,7 +243,7 @@ def record_step(
         **({"spike": True} if spike else {}),
     }
     parts.folder.append_metrics(row)
-    numbers = {f"train/{name}": value for name, value in row.items() if name != "step" and value is not None}
+    numbers = {f"train/{name}": float(value) for name, value in row.items() if name != "step" and value is not None}
     parts.tracker.log(state.step, numbers)
     if result.skipped:
         write_skip(parts.folder, state.step, epoch, result)
@@ -254,7 +255,9 @@ def record_step(
 def warn(parts: LoopParts, state: TrainingState, result: StepResult, spike: str | None) -> None:
     """Logs what is suspicious about a step that was taken."""
     warnings = parts.watch.find_warnings(state.step, result) if parts.watch else []
-    for warning in [*([f"{spike}; its rows: {shorten(result.places)}"] if spike else []), *warnings]:
+    if spike:
+        warnings.insert(0, f"{spike}; its rows: {shorten(result.places)}" if result.places else spike)
+    for warning in warnings:
         get_logger().warning("Step %d: %s", state.step, warning)
 
 
