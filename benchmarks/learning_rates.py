@@ -69,7 +69,7 @@ def train_once(recipe: Path, overrides: Sequence[str], rate: float, run: Path, *
     return Outcome(
         rate,
         json.loads((run / "run.json").read_text(encoding="utf-8")),
-        [row["loss"] for row in rows if "loss" in row],
+        [row["loss"] for row in rows if row.get("loss") is not None],
         [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row],
         json.loads((run / "report.json").read_text(encoding="utf-8"))["metrics"] if evaluate else {},
     )

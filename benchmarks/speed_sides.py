@@ -7,6 +7,7 @@ writes a row of metrics.jsonl at the end of each step, and the time at which tha
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -215,8 +216,8 @@ def run_tunebook(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measur
         ends=ends,
         tokens=[row["tokens"] for row in rows],
         supervised=[row["supervised_tokens"] for row in rows],
-        losses=[row["loss"] for row in rows],
-        norms=[row["grad_norm"] for row in rows],
+        losses=[math.nan if row["loss"] is None else row["loss"] for row in rows],
+        norms=[math.nan if row["grad_norm"] is None else row["grad_norm"] for row in rows],
         trainable=facts["trainable_parameters"],
         peak_bytes=done.peak_bytes,
         foreign=done.foreign,

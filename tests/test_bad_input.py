@@ -221,7 +221,7 @@ def test_a_run_folder_that_exists_is_never_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in taken.iterdir()] == ["precious.txt"]
 
 
-@pytest.mark.parametrize("script", ["merge", "infer", "evaluate_run"])
+@pytest.mark.parametrize("script", ["merge", "infer", "evaluate_run", "reproduce"])
 def test_scripts_that_need_a_run_say_that_there_is_none(tmp_path: Path, script: str) -> None:
     assert_refused(run_script(tmp_path, script), tmp_path, 5, "there is no run yet", "scripts/train.py")
     (tmp_path / "bogus").mkdir()
@@ -231,7 +231,7 @@ def test_scripts_that_need_a_run_say_that_there_is_none(tmp_path: Path, script: 
     assert_refused(done, tmp_path, 5, f"error: {tmp_path / 'nowhere'}: ")
 
 
-@pytest.mark.parametrize("script", ["merge", "infer", "evaluate_run"])
+@pytest.mark.parametrize("script", ["merge", "infer", "evaluate_run", "reproduce"])
 def test_a_run_that_failed_has_nothing_to_give(tmp_path: Path, script: str) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -379,7 +379,7 @@ def test_a_typo_is_answered_without_importing_anything_heavy(tmp_path: Path, scr
     assert list_heavy_imports(tmp_path, ROOT / "scripts" / f"{script}.py", "--recipe", path) == []
 
 
-@pytest.mark.parametrize("script", ["merge", "infer", "evaluate_run"])
+@pytest.mark.parametrize("script", ["merge", "infer", "evaluate_run", "reproduce"])
 def test_a_missing_run_is_answered_without_importing_anything_heavy(tmp_path: Path, script: str) -> None:
     assert list_heavy_imports(tmp_path, ROOT / "scripts" / f"{script}.py") == []
 

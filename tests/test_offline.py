@@ -187,7 +187,7 @@ def test_a_model_of_which_only_the_config_is_cached_is_not_taken_for_whole(
 @pytest.mark.parametrize(
     ("is_hub_model", "switches", "scripts"),
     # With the switch the hub's library refuses by itself; without it, every script has to know that it needs nothing.
-    [(False, {"HF_HUB_OFFLINE": "1"}, 2), (True, {}, 5)],
+    [(False, {"HF_HUB_OFFLINE": "1"}, 2), (True, {}, 7)],
     ids=["folder-offline", "hub-online"],
 )
 def test_no_script_tries_to_reach_a_host_when_the_model_is_here(
@@ -210,6 +210,9 @@ def test_no_script_tries_to_reach_a_host_when_the_model_is_here(
         ("infer", "--run", run_folder, "--prompt", "Say 3"),
         ("merge", "--run", run_folder),
         ("evaluate_run", "--run", run_folder),
+        ("reproduce", "--run", run_folder),
+        # TRL sends a message to the hub when a trainer is made, unless it is told not to.
+        ("train", "--recipe", recipe, "--set", "training.engine=trl", "--run", tmp_path / "trl"),
     )
     environment = make_environment(shim, HF_HOME=str(home), **switches)
     done = run_together(commands[:scripts], tmp_path, environment)

@@ -280,7 +280,7 @@ def unusual(
     early = write_recipe(folders[0], tiny_llama, max_steps=40, eval_every=1, **patience)
     commands = [
         ("train", "--recipe", recipe, "--run", folder / "run")
-        for recipe, folder in ((early, folders[0]), (write_recipe(folders[1], folders[2]), folders[1]))
+        for recipe, folder in ((early, folders[0]), (write_recipe(folders[1], folders[2], eval_every=4), folders[1]))
     ]
     stopped, failed = (run_script(*command, cwd=work) for command in commands)
     return work, stopped, failed
@@ -301,9 +301,11 @@ def test_a_run_whose_numbers_are_not_finite_stops_and_says_failed(unusual: tuple
     work, _, done = unusual
     run = work / "nan" / "run"
     assert done.returncode == 5, done.stderr
-    assert "error: step 1: loss nan" in done.stderr
+    assert "Step 1 is not taken (loss nan" in done.stderr
+    assert "error: step 3: 3 step(s) in a row had a loss or gradient that is not finite" in done.stderr
     assert "Traceback" not in done.stderr
-    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "failed"
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert (facts["status"], facts["skipped_steps"]) == ("failed", 3)
     assert not (run / "adapter").exists()
 
 

@@ -34,6 +34,7 @@ class Batch:
         reference: of pairs, float64, shape (rows, 2): the reference's log-probability of both answers in nats; None where
             it is not known.
         mismatched: of pairs under KTO, the same prompts with the answers of other rows.
+        places: of each row, `file:line` of the examples in it; empty where nobody asks.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -44,6 +45,7 @@ class Batch:
     segments: npt.NDArray[np.int8] | None = None
     reference: npt.NDArray[np.float64] | None = None
     mismatched: Batch | None = None
+    places: tuple[tuple[str, ...], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -114,6 +116,16 @@ def halve_batches(batches: Sequence[Batch]) -> list[Batch]:
     return halves
 
 
+def split_rows(batches: Sequence[Batch]) -> list[Batch]:
+    """Every row in a batch of its own, in order."""
+    return [take_rows(batch, slice(row, row + 1)) for batch in batches for row in range(len(batch.lengths))]
+
+
+def list_places(batches: Sequence[Batch]) -> tuple[str, ...]:
+    """`file:line` of every example, in order; an example of several rows (a turn each) is named once."""
+    return tuple(dict.fromkeys(place for batch in batches for row in batch.places for place in row))
+
+
 def take_rows(batch: Batch, rows: slice) -> Batch:
     """Some rows of a batch, without the columns that were padding in all of them."""
     lengths = batch.lengths[rows]
@@ -128,6 +140,7 @@ def take_rows(batch: Batch, rows: slice) -> Batch:
         segments=None if batch.segments is None else batch.segments[rows, :longest],
         reference=None if batch.reference is None else batch.reference[rows],
         mismatched=None if batch.mismatched is None else take_rows(batch.mismatched, rows),
+        places=batch.places[rows],
     )
 
 
@@ -177,7 +190,8 @@ def pad_rows(examples: Sequence[EncodedExample], pad_token_id: int) -> Batch:
         input_ids[row, : lengths[row]] = example.input_ids
         loss_mask[row, 1 : lengths[row]] = example.loss_mask[1:]
     real = np.arange(shape[1]) < lengths[:, None]
-    batch = Batch(input_ids, None if real.all() else real, loss_mask, None, lengths)
+    places = tuple((example.where,) for example in examples)
+    batch = Batch(input_ids, None if real.all() else real, loss_mask, None, lengths, places=places)
     return batch if examples[0].branch_starts is None else add_branches(batch, examples, pad_token_id)
 
 
@@ -260,4 +274,5 @@ def pack_row(examples: Sequence[EncodedExample]) -> Batch:
     loss_mask = np.concatenate([np.append(False, example.loss_mask[1:]) for example in examples]).astype(np.bool_)
     positions = np.concatenate([np.arange(len(example.input_ids)) for example in examples])
     lengths = np.array([len(input_ids)], dtype=np.int64)
-    return Batch(input_ids[None], None, loss_mask[None], positions[None], lengths)
+    places = (tuple(example.where for example in examples),)
+    return Batch(input_ids[None], None, loss_mask[None], positions[None], lengths, places=places)

@@ -20,6 +20,7 @@ from utils.exceptions import MachineError
 from utils.machine import count_usable_bytes, count_workers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MAX_THREADS = 1024
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -34,6 +35,8 @@ class MachinePlan:
         memory_bytes: memory of the device in all.
         workers: micro-batches that run side by side, one thread each; 1 on accelerators.
         reasons: what was chosen automatically, and why.
+        threads: of each operation outside the workers. Sums over large tensors depend on it in their last bits, so a run that
+            is to be repeated bit for bit needs the same number.
     """
 
     device: str
@@ -42,6 +45,7 @@ class MachinePlan:
     memory_bytes: int
     workers: int
     reasons: tuple[str, ...]
+    threads: int = 1
 
     @property
     def dtype_name(self) -> str:
@@ -73,14 +77,36 @@ class DeviceManager:
         if device == "cpu":
             workers = count_workers()
             reasons.append(f"{workers} worker(s): one single-threaded micro-batch for each CPU core")
-            if not self.gains_from_threads(workers):
-                # Hyper-threads that share a core, or a busy neighbour: threads then only wait for each other.
-                torch.set_num_threads(1)
-                reasons.append("1 thread for each operation: more are not quicker here")
+            reasons.append(self.choose_threads(workers))
             self.keep_freed_pages()
             self.limit_memory()
         memory = self.measure_memory(device)
-        return MachinePlan(device, self.name_device(device), DTYPES[dtype], memory, workers, tuple(reasons))
+        name, threads = self.name_device(device), torch.get_num_threads()
+        return MachinePlan(device, name, DTYPES[dtype], memory, workers, tuple(reasons), threads)
+
+    def choose_threads(self, most: int) -> str:
+        """Sets the threads of each operation: TUNEBOOK_THREADS, or one where more are not quicker.
+
+        Returns:
+            The number with its reason.
+
+        Raises:
+            MachineError: TUNEBOOK_THREADS is no number of threads.
+        """
+        if asked := os.environ.get("TUNEBOOK_THREADS"):
+            if not asked.isdecimal() or not 1 <= int(asked) <= MAX_THREADS:
+                fix = f"set a number from 1 to {MAX_THREADS}, or nothing"
+                raise MachineError(
+                    f"{asked!r} is no number of threads", where="TUNEBOOK_THREADS", fix=fix, code="environment"
+                )
+            torch.set_num_threads(int(asked))
+            return f"{asked} thread(s) for each operation: TUNEBOOK_THREADS"
+        if self.gains_from_threads(most):
+            torch.set_num_threads(most)
+            return f"{most} threads for each operation: quicker than one here"
+        # Hyper-threads that share a core, or a busy neighbour: threads then only wait for each other.
+        torch.set_num_threads(1)
+        return "1 thread for each operation: more are not quicker here"
 
     @staticmethod
     def find_device() -> str:

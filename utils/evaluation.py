@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from config.recipe_rules import ON_ANSWERS, PAIR_METRICS
 from config.structured_config import MetricName, Recipe
 from utils.backends import Backend
 from utils.examples import Example
-from utils.exceptions import DataError
+from utils.exceptions import DataError, TrainingError
 from utils.inference import Responder, encode_prompts, make_settings
 from utils.methods.preference import Scorer, count_answers
 from utils.methods.sft import make_evaluation_batches
@@ -183,12 +184,23 @@ def make_scorer(backend: Backend, model: Any, preflight: Preflight) -> Scorer:
 
 
 def measure_losses(backend: Backend, model: Any, preflight: Preflight, batch_size: int, title: str) -> RowLosses:
-    """Sum of nats and supervised tokens of each held-out row, in an order that depends on the rows alone."""
+    """Sum of nats and supervised tokens of each held-out row, in an order that depends on the rows alone.
+
+    Raises:
+        TrainingError: the model gives a row a loss that is not finite.
+    """
     pad = preflight.tokenizer.tokenizer.pad_token_id
     budget = backend.describe_machine(model).token_budget
     batches = make_evaluation_batches(preflight.data.evaluation, batch_size, budget, pad)
     with Progress(title, len(preflight.data.evaluation), "rows") as progress:
-        return backend.evaluate(model, batches, progress.advance)
+        losses = backend.evaluate(model, batches, progress.advance)
+    places = [place for batch in batches for row in batch.places for place in row]
+    for (nats, _), place in zip(losses, places, strict=True):
+        if not math.isfinite(nats):
+            fix = "set model.dtype: float32, lower training.learning_rate, or look at the row"
+            message = "the model gives a held-out row a loss that is not finite"
+            raise TrainingError(message, where=place, fix=fix, code="not-finite")
+    return losses
 
 
 def compute_mean_loss(losses: RowLosses) -> float:

@@ -25,6 +25,13 @@ QUIET = (
     "bitsandbytes",  # says at each 8-bit product that float32 is cast
     "filelock",
 )
+# What keeps libraries from reporting to their makers. They read it when they are imported, so it is set before that; Tunebook
+# itself reports nothing to anybody. What the environment says already is left as it is.
+TELEMETRY_OFF = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # transformers, datasets, peft and trl send theirs through huggingface_hub
+    "DO_NOT_TRACK": "1",  # the convention that several tools follow, huggingface_hub among them
+    "WANDB_ERROR_REPORTING": "false",  # crash reports and usage metrics; the runs themselves go out only where a recipe asks
+}
 SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.IGNORECASE)
 SECRET_SHAPE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})\b")
 HIDDEN = "[hidden]"
@@ -61,7 +68,8 @@ def set_up_logging(level: str = "INFO") -> None:
         MachineError: the environment names a level that does not exist.
     """
     # Progress bars and advice of libraries would interleave with ours; their warnings still reach the log file.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for name, value in TELEMETRY_OFF.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -111,6 +112,25 @@ def count_cores() -> int:
 def count_workers() -> int:
     """Micro-batches that run side by side on the CPU, one single-threaded worker for each core."""
     return max(1, min(count_cores(), MAX_WORKERS))
+
+
+@contextmanager
+def keep_threads(threads: int | None) -> Iterator[None]:
+    """Loads a model with as many threads as a run had: how many are quickest is measured anew in each process.
+
+    Sums over large tensors are cut among the threads, so another number of them changes the last bits.
+
+    Args:
+        threads: `threads` of run.json; None, in runs of older versions, measures.
+    """
+    if threads is None or "TUNEBOOK_THREADS" in os.environ:
+        yield
+        return
+    os.environ["TUNEBOOK_THREADS"] = str(threads)
+    try:
+        yield
+    finally:
+        del os.environ["TUNEBOOK_THREADS"]
 
 
 @lru_cache

@@ -173,7 +173,7 @@ def open_figure(width: float, height: float) -> tuple[Any, Any]:
 def plot_loss(folder: RunFolder) -> Path:
     """Draws training and held-out loss over the steps into loss.png."""
     rows = folder.read_metrics()
-    steps = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    steps = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
     held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
     figure, axes = open_figure(7, 4)
     axes.plot(*zip(*steps, strict=True), color=BEFORE, linewidth=0.8, label="training loss, each step")

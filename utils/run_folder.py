@@ -31,6 +31,7 @@ class RunFolder:
         self.recipe_file = path / "recipe.yaml"
         self.run_file = path / "run.json"
         self.metrics_file = path / "metrics.jsonl"
+        self.skipped_file = path / "skipped.jsonl"
         self.log_file = path / "log.txt"
         self.adapter = path / "adapter"
         self.model = path / "model"
@@ -53,13 +54,19 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl; closing the file hands it to the system at once."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        append_line(self.metrics_file, row)
+
+    def append_skipped(self, row: dict[str, Any]) -> None:
+        """Adds a step that was not taken to skipped.jsonl."""
+        append_line(self.skipped_file, row)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl."""
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
-        return [json.loads(line) for line in lines]
+        return read_lines(self.metrics_file)
+
+    def count_skipped_steps(self) -> int:
+        """Steps that were not taken so far."""
+        return len(read_lines(self.skipped_file))
 
     def load_recipe(self) -> LoadedRecipe:
         """The resolved recipe of this run."""
@@ -138,10 +145,15 @@ class RunRecord:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
-            results = self.results if error is None else {"status": "failed", "error": self.log_error(error)}
+            results = self.results if error is None else self.describe_failure(error)
             self.folder.write_facts({**self.facts, **results})
         finally:
             remove_log_file(self.log)
+
+    def describe_failure(self, error: BaseException) -> dict[str, Any]:
+        """What run.json says of a run that did not end by itself."""
+        skipped = self.folder.count_skipped_steps()
+        return {"status": "failed", "error": self.log_error(error), "skipped_steps": skipped}
 
     def log_error(self, error: BaseException) -> str:
         """Writes what ended the run into its log alone, for the terminal shows it anyway; a fault of ours with its traceback.
@@ -160,6 +172,36 @@ class RunRecord:
             trace = (type(error), error, error.__traceback__)
         self.log.handle(get_logger().makeRecord(NAME, logging.ERROR, __file__, 0, text, (), trace))
         return hide_secrets(text)
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Adds one line of strict JSON to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All rows of a file that `append_line` wrote; none where there is no file. Half a last line, left by a kill, is no row.
+
+    Raises:
+        RunError: a line is no JSON object with a step.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot be read: {error}", where=str(path), code="no-run") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            fix = "restore the file from a copy: the run wrote something else"
+            message = "is no JSON object with a step"
+            raise RunError(message, where=f"{path}:{number}", fix=fix, code="no-run")
+        rows.append(row)
+    return rows
 
 
 def write_text_atomically(path: Path, text: str) -> None:

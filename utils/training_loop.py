@@ -23,7 +23,9 @@ from utils.methods.sft import SftBatches
 from utils.preflight import RunPlan
 from utils.progress import Progress
 from utils.run_folder import RunFolder
+from utils.run_watch import SPIKE_WINDOW, RunWatch, find_spike
 from utils.schedules import compute_learning_rate
+from utils.skipped_steps import check_skips, keep_finite, shorten, write_skip
 from utils.tracking import Tracker
 
 Result = TypeVar("Result")
@@ -50,8 +52,9 @@ class LoopParts:
         step: takes one optimizer step.
         evaluate: measures the held-out rows, or None where no rows are held out.
         save_weights: writes the trained weights into a folder.
-        find_warning: (step, its result) → what is wrong with a young run, in words, or None.
+        watch: says what is wrong with a young run.
         rehearses: the heaviest step is tried before the first one, because it may not fit into memory.
+        stop_after: step after which to stop and save nothing, for a replay; None takes all steps.
     """
 
     step: TrainStep
@@ -62,13 +65,19 @@ class LoopParts:
     save_weights: Callable[[Path], None]
     folder: RunFolder
     tracker: Tracker
-    find_warning: Callable[[int, StepResult], str | None] | None = None
+    watch: RunWatch | None = None
     rehearses: bool = False
+    stop_after: int | None = None
 
 
 @dataclass
 class TrainingState:
-    """How far the run is; the numbers end in run.json."""
+    """How far the run is; the numbers end in run.json.
+
+    Attributes:
+        skips_in_a_row: steps up to now that were not taken, since the last one that was.
+        recent_losses: of the last steps that were taken, the newest last.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -85,6 +94,8 @@ class TrainingState:
     evaluated_at: int = 0
     saved_at: int = 0
     halvings: int = 0
+    skips_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)
     stop_reason: str | None = None
     signal_number: int | None = None
 
@@ -93,12 +104,17 @@ class TrainingState:
         """Real tokens over the time spent in steps alone."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
+    @property
+    def mean_loss(self) -> float | None:
+        """Over all that was learned; None where no step was taken."""
+        return self.loss_sum / self.loss_terms if self.loss_terms else None
+
 
 def train(parts: LoopParts) -> TrainingState:
     """Runs all steps, or until early stopping or a signal; whatever was trained until then is saved.
 
     Raises:
-        TrainingError: a loss or gradient that is not finite; the last good weights are on disk.
+        TrainingError: several losses or gradients in a row are not finite; the last good weights are on disk.
     """
     state = TrainingState()
     if parts.rehearses:
@@ -115,8 +131,12 @@ def train(parts: LoopParts) -> TrainingState:
 
 
 def follow_up_step(parts: LoopParts, state: TrainingState, progress: Progress) -> None:
-    """Shows, evaluates and saves what is due after a step; the same for every engine."""
+    """Shows, evaluates and saves what is due after a step, and ends a replay; the same for every engine."""
     progress.advance(1, f"loss {state.last_loss:.3f}, {state.tokens_per_second:.0f} tokens/s")
+    if parts.stop_after is not None:
+        if state.step >= parts.stop_after:
+            state.stop_reason = "replayed"
+        return
     if is_due(state.step, parts.plan.eval_every):
         run_evaluation(parts, state)
     if is_due(state.step, parts.plan.save_every) or state.best_step == state.step:
@@ -125,6 +145,8 @@ def follow_up_step(parts: LoopParts, state: TrainingState, progress: Progress) -
 
 def finish_run(parts: LoopParts, state: TrainingState) -> None:
     """Evaluates and saves the last step, unless that is done; a signal is not made to wait for an evaluation."""
+    if parts.stop_after is not None:
+        return
     if state.evaluated_at != state.step and state.signal_number is None:
         run_evaluation(parts, state)
     if state.saved_at != state.step:
@@ -152,13 +174,7 @@ def take_step(parts: LoopParts, state: TrainingState, micro_batches: Sequence[Ba
     """One optimizer step, written down as one row of metrics.jsonl."""
     learning_rate = find_learning_rate(parts, state.step + 1)
     started = time.perf_counter()
-    try:
-        result = take_fitting(state, micro_batches, lambda batches: parts.step.step(batches, learning_rate))
-    except TrainingError as error:
-        where = f"step {state.step + 1}"
-        raise TrainingError(
-            error.problems[0].message, where=where, fix=error.problems[0].fix, code="not-finite"
-        ) from error
+    result = take_fitting(state, micro_batches, lambda batches: parts.step.step(batches, learning_rate))
     record_step(parts, state, result, learning_rate, epoch, time.perf_counter() - started)
 
 
@@ -211,22 +227,52 @@ def record_step(
     """
     if state.step == 0:
         state.time_to_first_step_s = time.time() - STARTED
+    spike = None if result.skipped else find_spike(state.recent_losses, result.loss)
     update_state(state, result, seconds)
     row = {
         "step": state.step,
         "epoch": round(epoch, 4),
-        "loss": result.loss,
+        "loss": keep_finite(result.loss),
         "learning_rate": learning_rate,
-        "grad_norm": result.gradient_norm,
+        "grad_norm": keep_finite(result.gradient_norm),
         "tokens": result.tokens,
         "supervised_tokens": result.supervised_tokens,
         "tokens_per_second": result.tokens / seconds,
         **result.numbers,
+        **({"skipped": True} if result.skipped else {}),
+        **({"spike": True} if spike else {}),
     }
     parts.folder.append_metrics(row)
-    parts.tracker.log(state.step, {f"train/{name}": value for name, value in row.items() if name != "step"})
-    if parts.find_warning and (warning := parts.find_warning(state.step, result)):
+    numbers = {f"train/{name}": float(value) for name, value in row.items() if name != "step" and value is not None}
+    parts.tracker.log(state.step, numbers)
+    if result.skipped:
+        write_skip(parts.folder, state.step, epoch, result)
+        stop_at_skips(parts, state)
+    else:
+        warn(parts, state, result, spike)
+
+
+def warn(parts: LoopParts, state: TrainingState, result: StepResult, spike: str | None) -> None:
+    """Logs what is suspicious about a step that was taken."""
+    warnings = parts.watch.find_warnings(state.step, result) if parts.watch else []
+    if spike:
+        warnings.insert(0, f"{spike}; its rows: {shorten(result.places)}" if result.places else spike)
+    for warning in warnings:
         get_logger().warning("Step %d: %s", state.step, warning)
+
+
+def stop_at_skips(parts: LoopParts, state: TrainingState) -> None:
+    """Ends a run whose last steps were not taken; if nothing was saved yet, what was learned before them is.
+
+    Raises:
+        TrainingError: too many of them.
+    """
+    try:
+        check_skips(parts.folder, state.skips_in_a_row, state.step, parts.plan.total_steps)
+    except TrainingError:
+        if not state.saved_at and state.loss_terms:
+            save(parts, state)
+        raise
 
 
 def update_state(state: TrainingState, result: StepResult, seconds: float) -> None:
@@ -234,10 +280,15 @@ def update_state(state: TrainingState, result: StepResult, seconds: float) -> No
     state.step += 1
     state.tokens += result.tokens
     state.supervised_tokens += result.supervised_tokens
-    state.loss_sum += result.loss * result.terms
-    state.loss_terms += result.terms
     state.last_loss = result.loss
     state.seconds += seconds
+    if result.skipped:
+        state.skips_in_a_row += 1
+        return
+    state.skips_in_a_row = 0
+    state.loss_sum += result.loss * result.terms
+    state.loss_terms += result.terms
+    state.recent_losses = [*state.recent_losses, result.loss][-SPIKE_WINDOW:]
 
 
 def run_evaluation(parts: LoopParts, state: TrainingState) -> None:

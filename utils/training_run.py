@@ -10,21 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from config.recipe_io import LoadedRecipe, format_resolved
 from utils import workload
-from utils.backends import Backend, MachineFacts, load_engine
+from utils.backends import Backend, MachineFacts, TrainStep, load_engine
+from utils.batching import pad_rows
 from utils.checkpoint import STATE, write_folder_atomically
 from utils.cli import STARTED
 from utils.evaluation import compute_mean_loss, continue_text, make_scorer, measure_losses
 from utils.logging import get_logger, hide_secrets
 from utils.machine import inspect_machine
-from utils.methods.preference import PreferenceWatch, ReferenceCache, measure_held_out, reference_pairs
+from utils.methods.preference import ReferenceCache, measure_held_out, reference_pairs
 from utils.methods.sft import SftBatches
 from utils.piece_encoder import EncodedExample
 from utils.preflight import Preflight
 from utils.prepared_data import hash_contents
 from utils.report import plot_loss
 from utils.run_folder import RunFolder, RunRecord, collect_versions, find_git_state, mark_latest
+from utils.run_watch import Losses, PreferenceWatch, RunWatch
 from utils.tracking import Tracker
 from utils.training_loop import HeldOut, LoopParts, TrainingState, train
 
@@ -38,6 +42,7 @@ RESULTS = (
     "train_loss",
     "eval_loss",
     "best_step",
+    "skipped_steps",
 )
 
 
@@ -104,10 +109,9 @@ def make_parts(run: PreparedRun, tracker: Tracker) -> LoopParts:
     recipe, data, tokenizer = run.loaded.recipe, run.preflight.data, run.preflight.tokenizer.tokenizer
     micro_batch_size = recipe.training.micro_batch_size
     examples: Sequence[EncodedExample] = data.train
-    evaluate, watch = make_evaluate(run), None
+    evaluate = make_evaluate(run)
     if recipe.training.learns_pairs:
         examples, evaluate = prepare_pairs(run)
-        watch = PreferenceWatch(recipe, run.backend.describe_machine(run.model).dtype).find_warning
     batches = SftBatches(
         examples=examples,
         batch_size=recipe.training.batch_size,
@@ -122,8 +126,9 @@ def make_parts(run: PreparedRun, tracker: Tracker) -> LoopParts:
         run.backend.save_weights(run.model, target)
         run.preflight.tokenizer.save(target)
 
+    step = run.backend.make_step(run.model, recipe)
     return LoopParts(
-        step=run.backend.make_step(run.model, recipe),
+        step=step,
         batches=batches,
         plan=run.preflight.plan,
         training=recipe.training,
@@ -131,9 +136,23 @@ def make_parts(run: PreparedRun, tracker: Tracker) -> LoopParts:
         save_weights=save_weights,
         folder=run.folder,
         tracker=tracker,
-        find_warning=watch,
+        watch=make_watch(run, step, batches),
         rehearses=may_not_fit(run),
     )
+
+
+def make_watch(run: PreparedRun, step: TrainStep, batches: SftBatches) -> RunWatch:
+    """What looks at the run while it is young; measures one training row before the first step and after the last of them."""
+    recipe, is_pair = run.loaded.recipe, run.loaded.recipe.training.learns_pairs
+    probe = [pad_rows(batches.examples[:1], batches.pad_token_id)]
+
+    def measure() -> Losses:
+        if is_pair:
+            return run.backend.score_pairs(run.model, probe)
+        return np.array(run.backend.evaluate(run.model, probe), dtype=np.float64)
+
+    preference = PreferenceWatch(recipe, run.backend.describe_machine(run.model).dtype) if is_pair else None
+    return RunWatch(step, run.preflight.plan.total_steps, measure, preference)
 
 
 def may_not_fit(run: PreparedRun) -> bool:
@@ -220,6 +239,7 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
         "device_name": machine.device_name,
         "memory_bytes": machine.memory_bytes,
         "dtype": machine.dtype,
+        "threads": machine.threads,
         "automatic_choices": list(machine.reasons),
         **dict.fromkeys(RESULTS),
         "predicted_memory": predicted.to_json() if (predicted := run.preflight.resources.memory) else None,
@@ -246,10 +266,15 @@ def summarise(run: PreparedRun, state: TrainingState) -> dict[str, Any]:
     if predicted:
         message = "Peak memory: %.2f GB, predicted %.2f GB (%+.0f %%)"
         get_logger().info(message, peak / 1e9, predicted.total / 1e9, 100 * (predicted.total / peak - 1))
+    if skipped := run.folder.count_skipped_steps():
+        get_logger().warning(
+            "%d of %d steps were not taken; their rows: %s", skipped, state.step, run.folder.skipped_file
+        )
     return {
         "status": "stopped" if state.signal_number is not None else "finished",
         "stop_reason": state.stop_reason,
         "halvings": state.halvings,
+        "skipped_steps": skipped,
         "steps": state.step,
         "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens,
@@ -257,7 +282,7 @@ def summarise(run: PreparedRun, state: TrainingState) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "memory_error": predicted.total / peak - 1 if predicted else None,
         "time_to_first_step_s": state.time_to_first_step_s,
-        "train_loss": state.loss_sum / state.loss_terms,
+        "train_loss": state.mean_loss,
         "eval_loss": state.eval_loss,
         "best_step": state.best_step,
         "best_eval_loss": state.best_loss if math.isfinite(state.best_loss) else None,

@@ -21,7 +21,7 @@ from utils.backends.torch_losses import compute_token_losses
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_step import TorchTrainStep
 from utils.batching import Batch, make_micro_batches, pad_prompts_left, pad_rows
-from utils.exceptions import AdapterError, MachineError, ModelLoadingError, RecipeError, TrainingError
+from utils.exceptions import AdapterError, MachineError, ModelLoadingError, RecipeError
 from utils.model_source import ModelSource
 from utils.tokenizer_utils import EncodedExample
 
@@ -215,20 +215,6 @@ def test_training_lowers_the_loss_on_what_it_sees(tiny_llama: Path) -> None:
     micro_batches = make_micro_batches(make_examples([(20, 19)]), 1, PAD)
     losses = [step.step(micro_batches, 2e-2).loss for _ in range(40)]
     assert losses[-1] < losses[0] - 0.5
-
-
-def test_a_number_that_is_not_finite_stops_before_the_weights_change(tiny_llama: Path) -> None:
-    recipe = make_recipe(tiny_llama)
-    model = load_trainable(tiny_llama, recipe)
-    parameter = next(p for name, p in model.network.named_parameters() if "lora_B" in name)
-    with torch.no_grad():
-        parameter[0, 0] = float("inf")
-    before = {name: p.detach().clone() for name, p in model.network.named_parameters() if p.requires_grad}
-    step = torch_backend.make_step(model, recipe)
-    with pytest.raises(TrainingError, match=r"nan|inf"):
-        step.step([pad_rows(make_examples(UNEVEN), PAD)], 1e-3)
-    after = dict(model.network.named_parameters())
-    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_neftune_noise_is_scaled_by_real_lengths_and_absent_in_evaluation(tiny_llama: Path) -> None:

@@ -35,16 +35,15 @@ from utils.data_loading import Row
 from utils.methods.pairs import encode_pairs, has_answers, mark_answer, split_pair
 from utils.methods.preference import (
     MismatchedPairs,
-    PreferenceWatch,
     ReferencedPairs,
     Scorer,
-    compute_first_loss,
     measure_held_out,
 )
 from utils.methods.sft import EncodingCounts
 from utils.model_source import ModelSource
 from utils.piece_encoder import EncodedExample
 from utils.problem_log import ProblemLog
+from utils.run_watch import PreferenceWatch, compute_first_loss
 from utils.tokenizer_files import load_tokenizer
 from utils.tokenizer_utils import TokenizerUtils
 

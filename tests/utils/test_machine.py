@@ -16,6 +16,7 @@ from utils.machine import (
     guess_device,
     inspect_machine,
     iterate_cgroup_limits,
+    keep_threads,
     measure_memory,
     read_mebibytes,
 )
@@ -60,6 +61,30 @@ def test_a_device_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(MachineError, match="'tpu' is no device") as caught:
         guess_device()
     assert caught.value.problems[0].where == "TUNEBOOK_DEVICE"
+
+
+def test_a_run_that_is_repeated_gets_the_threads_that_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    # How many threads are quickest is a matter of the neighbours: two runs of one recipe differed in their last bits.
+    import torch
+
+    from utils.device_manager import DeviceManager
+
+    monkeypatch.setenv("TUNEBOOK_DEVICE", "cpu")
+    monkeypatch.delenv("TUNEBOOK_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            with keep_threads(count):
+                plan = DeviceManager().plan("float32")
+            assert (plan.threads, torch.get_num_threads()) == (count, count)
+            assert f"{count} thread(s) for each operation: TUNEBOOK_THREADS" in plan.reasons
+        with keep_threads(None):
+            assert DeviceManager().plan("float32").threads in (1, inspect_machine().workers)
+        monkeypatch.setenv("TUNEBOOK_THREADS", "none")
+        with pytest.raises(MachineError, match="'none' is no number of threads"):
+            DeviceManager().plan("float32")
+    finally:
+        torch.set_num_threads(before)
 
 
 @linux_only

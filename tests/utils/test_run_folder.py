@@ -206,6 +206,14 @@ def test_metrics_are_one_json_row_a_line(folder: Path) -> None:
     assert run.read_metrics() == rows
 
 
+def test_half_a_line_that_a_kill_left_is_no_row(folder: Path) -> None:
+    run = make_run(folder, "a")
+    run.append_metrics({"step": 1, "loss": 2.5})
+    with run.metrics_file.open("a", encoding="utf-8") as file:
+        file.write('{"step": 2, "lo')
+    assert run.read_metrics() == [{"step": 1, "loss": 2.5}]
+
+
 def test_versions_and_commit_are_recorded() -> None:
     assert {"python", "platform", "torch", "transformers", "peft"} <= set(collect_versions())
     state = find_git_state()
@@ -230,7 +238,7 @@ def test_a_run_says_failed_whatever_ended_it_and_its_log_says_why(
     run = create_run_folder(write_recipe(folder), folder / "run")
     with pytest.raises(type(error)), RunRecord(run, {"status": "running", "steps": None}):
         raise error
-    assert run.read_facts() == {"status": "failed", "steps": None, "error": said}
+    assert run.read_facts() == {"status": "failed", "steps": None, "error": said, "skipped_steps": 0}
     log = run.log_file.read_text(encoding="utf-8")
     assert f"ERROR {said}" in log
     assert ("Traceback" in log) == has_trace

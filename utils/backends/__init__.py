@@ -41,6 +41,9 @@ class StepResult:
         numbers: what a method measures besides, by name: `margin`, `accuracy`, `chosen_reward`, `rejected_reward` of pairs,
             without those that the step has no answer for.
         answers: of pairs, chosen or desirable answers of the step, and rejected or undesirable ones.
+        places: `file:line` of the step's rows.
+        skipped: loss or gradient was not finite, so that the step was not taken: weights and optimizer are as they were.
+        faulty: of a skipped step, `file:line` of the rows that give such numbers by themselves.
     """
 
     loss: float
@@ -50,6 +53,9 @@ class StepResult:
     pairs: int = 0
     numbers: dict[str, float] = field(default_factory=dict)
     answers: tuple[int, int] = (0, 0)
+    places: tuple[str, ...] = ()
+    skipped: bool = False
+    faulty: tuple[str, ...] = ()
 
     @property
     def terms(self) -> int:
@@ -90,6 +96,7 @@ class MachineFacts:
         reasons: what was chosen automatically, and why.
         quantization: how the frozen weights are stored, as in the recipe.
         runs_flat: forward passes compute no padding, so rows of any lengths may share one.
+        threads: of each operation outside the workers.
     """
 
     device: str
@@ -101,6 +108,7 @@ class MachineFacts:
     reasons: tuple[str, ...]
     quantization: str = "none"
     runs_flat: bool = False
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,10 @@ class TrainStep(Protocol):
         """Takes a step that changes nothing, to see whether it fits; raises OutOfMemory where it does not."""
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """Takes one optimizer step over all micro-batches; raises TrainingError before it if a number is not finite."""
+        """Takes one optimizer step over all micro-batches; leaves it out (`skipped`) if loss or gradient is not finite."""
+
+    def list_silent_tensors(self) -> list[str]:
+        """Names of the tensors that should learn and whose gradient was zero, or absent, in every step so far."""
 
 
 class Backend(Protocol):

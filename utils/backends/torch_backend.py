@@ -145,6 +145,7 @@ def describe_machine(model: TorchModel) -> MachineFacts:
         reasons=plan.reasons,
         quantization=model.quantization,
         runs_flat=model.runs_flat,
+        threads=plan.threads,
     )
 
 

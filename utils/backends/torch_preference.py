@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -214,8 +215,13 @@ def estimate_reference_point(
     Args:
         policy, reference: log-probabilities, each of shape (pairs, 2).
         tokens: of each mismatched answer; those of none are missing and do not count.
+
+    Returns:
+        NaN if one of them is not finite, so that the step is not taken.
     """
-    return max(0.0, float((policy - reference)[tokens > 0].mean()))
+    mean = float((policy - reference)[tokens > 0].mean())
+    # max(0.0, nan) is 0.0: a broken reference point would look like an ordinary one.
+    return max(0.0, mean) if math.isfinite(mean) else math.nan
 
 
 def compare_pairs(recipe: Recipe, scores: PairScores) -> dict[str, float]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
 from config.structured_config import Recipe
 from utils.backends import StepResult
 from utils.backends.torch_dropout import draws_random_numbers
+from utils.backends.torch_gradients import SilentTensors, are_finite
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_optimizer import attach_noise, build_optimizer, enable_checkpointing, set_learning_rate
 from utils.backends.torch_preference import Numbers, average_rewards, make_objective
-from utils.batching import Batch
+from utils.batching import Batch, list_places, split_rows
 from utils.exceptions import OutOfMemory, TrainingError
 
 
@@ -27,6 +29,7 @@ class TorchTrainStep:
         self.objective = make_objective(model, recipe)
         self.sums: Numbers = {}
         self.parameters = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
+        self.silent = SilentTensors(model.network)
         self.optimizer = model.accelerator.prepare(build_optimizer(model.network, recipe))
         enable_checkpointing(model.network, recipe)
         self.noise = attach_noise(model.network, recipe)
@@ -35,13 +38,13 @@ class TorchTrainStep:
         self.pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """Takes one optimizer step.
+        """Takes one optimizer step, or none if loss or gradient is not finite: then nothing has changed (`skipped`).
 
         The loss is the sum over all supervised tokens (or pairs, or answers) of the step divided by their number, so the
         result does not depend on how the step was cut into micro-batches.
 
         Raises:
-            TrainingError: loss or gradient is not finite; the weights are as they were before the step.
+            TrainingError: there is nothing to learn from.
             OutOfMemory: a forward or backward pass does not fit; the weights are as they were.
         """
         supervised = sum(batch.supervised_tokens for batch in micro_batches)
@@ -52,26 +55,32 @@ class TorchTrainStep:
         self.model.network.train()
         try:
             loss = self._accumulate(micro_batches, count)
+            norm = float(
+                self.model.accelerator.clip_grad_norm_(self.parameters, self.training.max_grad_norm or math.inf)
+            )
+            tokens, places = sum(batch.tokens for batch in micro_batches), list_places(micro_batches)
+            result = StepResult(loss, norm, tokens, supervised, places=places)
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                self.optimizer.zero_grad()
+                return replace(result, skipped=True, faulty=self._find_faulty_rows(micro_batches, count))
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             self.optimizer.zero_grad()
             raise_if_out_of_memory(error)
             raise
-        limit = self.training.max_grad_norm or math.inf
-        norm = float(self.model.accelerator.clip_grad_norm_(self.parameters, limit))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            self.optimizer.zero_grad()
-            fix = "lower training.learning_rate, or set model.dtype: float32"
-            raise TrainingError(f"loss {loss} with gradient norm {norm}", fix=fix, code="not-finite")
+        self.silent.observe()
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        tokens = sum(batch.tokens for batch in micro_batches)
         if not self.sums:
-            return StepResult(loss, norm, tokens, supervised)
+            return result
         chosen, rejected = (sum(batch.answers[side] for batch in micro_batches) for side in (0, 1))
         pairs = sum(len(batch.lengths) for batch in micro_batches)
         numbers = average_rewards(self.sums, pairs, (chosen, rejected))
-        return StepResult(loss, norm, tokens, supervised, pairs=count, answers=(chosen, rejected), numbers=numbers)
+        return replace(result, pairs=count, answers=(chosen, rejected), numbers=numbers)
+
+    def list_silent_tensors(self) -> list[str]:
+        """Names of the tensors that should learn and whose gradient was zero, or absent, in every step so far."""
+        return list(self.silent.left)
 
     def rehearse(self, micro_batches: Sequence[Batch]) -> None:
         """Takes a step at rate 0 and forgets it: weights, optimizer and random numbers are what they were.
@@ -89,27 +98,41 @@ class TorchTrainStep:
         if self.workers == 1:
             total = 0.0
             for batch in micro_batches:
-                if self.noise:
-                    self.noise.lengths = torch.from_numpy(batch.lengths)
-                summed, numbers = self.objective.compute(batch)
-                loss = summed / count
+                loss, numbers = self._compute(batch, count)
                 self.model.accelerator.backward(loss)
                 total += float(loss.detach())
                 self._add(numbers)
             return total
-
-        def differentiate(batch: Batch) -> tuple[float, Numbers, tuple[torch.Tensor, ...]]:
-            summed, numbers = self.objective.compute(batch)
-            loss = summed / count
-            return float(loss.detach()), numbers, torch.autograd.grad(loss, self.parameters)
-
         total = 0.0
-        for loss, numbers, gradients in self.pool.map(differentiate, micro_batches):
-            total += loss
+        for value, numbers, gradients in self.pool.map(lambda batch: self._differentiate(batch, count), micro_batches):
+            total += value
             self._add(numbers)
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return total
+
+    def _compute(self, batch: Batch, count: int) -> tuple[torch.Tensor, Numbers]:
+        """A micro-batch's share of the step's loss, and its further sums."""
+        if self.noise:
+            self.noise.lengths = torch.from_numpy(batch.lengths)
+        summed, numbers = self.objective.compute(batch)
+        return summed / count, numbers
+
+    def _differentiate(self, batch: Batch, count: int) -> tuple[float, Numbers, tuple[torch.Tensor | None, ...]]:
+        """The same with the gradient of every parameter, None where the loss does not depend on it."""
+        loss, numbers = self._compute(batch, count)
+        return float(loss.detach()), numbers, torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+    def _find_faulty_rows(self, micro_batches: Sequence[Batch], count: int) -> tuple[str, ...]:
+        """`file:line` of the rows whose own loss or gradient is not finite; random numbers are what they were."""
+        faulty = []
+        with torch.random.fork_rng():
+            for batch in split_rows(micro_batches):
+                loss, _, gradients = self._differentiate(batch, count)
+                if not math.isfinite(loss) or not are_finite(gradients):
+                    faulty.append(batch)
+        return list_places(faulty)
 
     def _add(self, numbers: Numbers) -> None:
         """Adds a micro-batch's sums to those of the step."""

@@ -18,7 +18,7 @@ from utils.backends.torch_model import TorchModel
 from utils.backends.torch_preference import PairObjective
 from utils.backends.torch_step import TorchTrainStep
 from utils.backends.torch_trl_batches import LabelCollator, PairCollator, WindowLoader
-from utils.backends.torch_trl_trainers import FedDpoTrainer, FedSftTrainer, RecipeSchedule, StepRecorder
+from utils.backends.torch_trl_trainers import FedDpoTrainer, FedSftTrainer, RecipeSchedule, StepRecorder, find_step
 from utils.exceptions import RecipeError
 from utils.progress import Progress
 from utils.training_loop import LoopParts, TrainingState, finish_run, listen_for_signals
@@ -34,7 +34,7 @@ def train(model: TorchModel, recipe: Recipe, tokenizer: Any, parts: LoopParts) -
 
     Raises:
         RecipeError: TRL cannot train this model with these adapters.
-        TrainingError: a gradient that is not finite, before the weights change.
+        TrainingError: a loss or gradient that is not finite, before the weights change; here the first one ends the run.
     """
     state = TrainingState()
     with listen_for_signals(state), Progress("Training", parts.plan.total_steps, "steps") as progress:
@@ -104,13 +104,6 @@ def build_dpo_trainer(
             "ref"
         )  # a copy of the fresh adapters, which change nothing and would be saved beside ours
     return trainer
-
-
-def find_step(parts: LoopParts) -> TorchTrainStep:
-    """Our own step, whose optimizer TRL is given: the same groups, decay and precision."""
-    if not isinstance(parts.step, TorchTrainStep):
-        raise TypeError(f"TRL runs on torch, and this step is a {type(parts.step).__name__}")
-    return parts.step
 
 
 def make_arguments(model: TorchModel, recipe: Recipe, parts: LoopParts) -> dict[str, Any]:

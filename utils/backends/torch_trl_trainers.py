@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel
@@ -14,8 +14,10 @@ from transformers import TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
 from utils.backends import StepResult
+from utils.backends.torch_gradients import are_finite
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_optimizer import set_learning_rate
+from utils.backends.torch_step import TorchTrainStep
 from utils.backends.torch_trl_batches import COUNTS, TrlBatch, WindowLoader
 from utils.exceptions import TrainingError
 from utils.progress import Progress
@@ -28,6 +30,13 @@ REWARDS = {
     "chosen_reward": "rewards/chosen",
     "rejected_reward": "rewards/rejected",
 }
+
+
+def find_step(parts: LoopParts) -> TorchTrainStep:
+    """Our own step, whose optimizer TRL is given: the same groups, decay and precision."""
+    if not isinstance(parts.step, TorchTrainStep):
+        raise TypeError(f"TRL runs on torch, and this step is a {type(parts.step).__name__}")
+    return parts.step
 
 
 class RecipeSchedule(LRScheduler):  # type: ignore[misc]  # a class of a library that is not type-checked
@@ -70,10 +79,21 @@ class StepRecorder(TrainerCallback):  # type: ignore[misc]  # a class of a libra
 
     def on_pre_optimizer_step(self, *arguments: Any, **_: Any) -> None:
         """Refuses numbers that are not finite while the weights are still good."""
-        gradients = [parameter.grad for parameter in self.model.network.parameters() if parameter.grad is not None]
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            where, fix = f"step {self.state.step + 1}", "lower training.learning_rate, or set model.dtype: float32"
-            raise TrainingError("a gradient is not finite", where=where, fix=fix, code="not-finite")
+        if not are_finite(parameter.grad for parameter in self.model.network.parameters()):
+            self.refuse("a gradient is not finite")
+        find_step(self.parts).silent.observe()
+
+    def refuse(self, message: str) -> NoReturn:
+        """Ends the run: the trainer knows no step that is left out.
+
+        Raises:
+            TrainingError: always.
+        """
+        where, fix = (
+            f"step {self.state.step + 1}",
+            "lower training.learning_rate, or set engine: tunebook, which skips it",
+        )
+        raise TrainingError(message, where=where, fix=fix, code="not-finite")
 
     def on_step_end(self, *arguments: Any, **_: Any) -> None:
         """Stops the clock."""
@@ -104,6 +124,13 @@ class FedTrainer:
 
     def _send_telemetry(self) -> None:
         """TRL reports each run to its makers; ours leave the machine only where the recipe says so."""
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """Refuses a loss that is not finite; its gradient may be."""
+        loss: torch.Tensor = super().training_step(*arguments, **options)  # type: ignore[misc]
+        if not bool(torch.isfinite(loss)):
+            self.recorder.refuse("a loss is not finite")
+        return loss
 
     def get_train_dataloader(self) -> WindowLoader:
         """Our order."""

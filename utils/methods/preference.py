@@ -1,4 +1,4 @@
-"""Learning from pairs: what the reference thinks of them, how they are scored, and whether a young run does what it should.
+"""Learning from pairs: what the reference thinks of them, and how they are scored.
 
 A labelled row is a pair that lacks one of its answers (`utils/methods/pairs.py`); the scores of a missing answer are 0.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from config.structured_config import Recipe
-from utils.backends import Backend, PairScores, StepResult
+from utils.backends import Backend, PairScores
 from utils.batching import group_scored_rows, pad_rows
 from utils.cache_entries import open_or_build
 from utils.cache_keys import find_forward_versions, hash_code
@@ -45,12 +44,6 @@ CODE = (
     "backends/torch_losses.py",
     "backends/torch_preference.py",
 )
-# How far the first loss may lie from its value: rounding of sums over a few hundred tokens, times beta. A quantised base
-# multiplies in fewer bits than float32, whatever the number format of the rest.
-ROUNDING = {"float32": 1e-5}
-COARSE_ROUNDING = 0.02
-YOUNG_STEPS = 20
-SMALLEST_MARGIN = 1e-3
 
 
 class DerivedPairs(Sequence[EncodedExample]):
@@ -242,55 +235,3 @@ def measure_held_out(recipe: Recipe, scorer: Scorer, held_out: ReferencedPairs) 
         mismatched_tokens=mismatched_tokens,
     )
     return scorer.backend.compare_pairs(recipe, scores)
-
-
-def compute_first_loss(recipe: Recipe, answers: tuple[int, int]) -> float | None:
-    """The loss before the first update, where policy and reference are one model and all rewards are 0.
-
-    Args:
-        answers: chosen or desirable ones of the first step, and rejected or undesirable ones: under KTO they weigh differently.
-
-    Returns:
-        ln 2 for the sigmoid loss, with label smoothing too; None for ORPO, which has no reference, and for a reward model,
-        which may go on from rewards that it has.
-    """
-    if (kto := recipe.kto) is not None:
-        good, bad = answers
-        return (kto.desirable_weight * good + kto.undesirable_weight * bad) / (2 * (good + bad))
-    if (dpo := recipe.dpo) is not None:
-        return {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 1 / (2 * dpo.beta) ** 2}[dpo.loss]
-    return None
-
-
-class PreferenceWatch:
-    """Says while a run is young that its first loss or its margins are not what they must be."""
-
-    def __init__(self, recipe: Recipe, dtype: str) -> None:
-        """Takes the recipe and the number format of the frozen weights."""
-        self.recipe = recipe
-        self.rounding = COARSE_ROUNDING if recipe.model.quantization != "none" else ROUNDING.get(dtype, COARSE_ROUNDING)
-        self.starts_equal = recipe.orpo is None  # whose margins are not 0 before the first step
-        self.largest_margin = 0.0
-
-    def find_warning(self, step: int, result: StepResult) -> str | None:
-        """What is wrong after a step, in words, or None.
-
-        A first loss other than that of equal models means that the reference is another model, or that there is noise in
-        one of the two.
-        """
-        expected = compute_first_loss(self.recipe, result.answers)
-        if step == 1 and expected is not None and abs(result.loss - expected) > self.rounding * max(1.0, expected):
-            return (
-                f"the first loss is {result.loss:.6f}, and {expected:.6f} where the reference is this very model: "
-                "the reference is another one, and the margins start from a wrong place"
-            )
-        # A step whose answers all have one label has no margin: then it is their reward that must move.
-        numbers = result.numbers
-        moved = next(numbers[name] for name in ("margin", "chosen_reward", "rejected_reward") if name in numbers)
-        self.largest_margin = max(self.largest_margin, abs(moved))
-        if self.starts_equal and step == YOUNG_STEPS and self.largest_margin < SMALLEST_MARGIN:
-            return (
-                f"after {step} steps no margin exceeds {self.largest_margin:.1e}: nothing is learned yet; "
-                "raise training.learning_rate, or look at the answers of the rows"
-            )
-        return None
