@@ -433,6 +433,7 @@ BESIDE_THE_TOKENS = {
     "utils.hub",
     "utils.logging",
     "utils.model_headers",
+    "utils.model_safety",
     "utils.model_source",
     "utils.problem_log",
     "utils.progress",

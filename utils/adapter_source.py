@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.exceptions import AdapterError, ModelLoadingError, RecipeError
 from utils.model_headers import read_header_bytes, read_json_object
+from utils.model_safety import check_links
 from utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelSource, iterate_tensor_shapes
 
 MAX_CONFIG_BYTES = 10_000_000
+# Keys of adapter_config.json with which a file has peft do more than put matrices on modules: what they do.
+FOREIGN_KEYS = {
+    "megatron_config": "makes peft import a module that the file names",
+    "corda_config": "makes peft read pickles that the file names",
+    "lora_ga_config": "makes peft read pickles that the file names",
+    "arrow_config": "makes peft load further adapters",
+    "layer_replication": "makes peft repeat layers of the base",
+}
+FACTOR_A = re.compile(r"\.lora_(embedding_)?A(\.|$)")
 PREFIX = "base_model.model."
 Shape = tuple[int, ...]
 
@@ -34,8 +45,10 @@ def find_adapter(name: str, source: ModelSource, where: str) -> Path:
         what = "trained all weights: name its model/ folder in model.name" if (asked / "model").is_dir() else ""
         fix = what or f"name a run folder that trained with a lora section, or a folder with {ADAPTER_CONFIG}"
         raise RecipeError(f"there is no adapter in {name!r}", where=where, fix=fix, code="no-adapter")
+    check_links(folder, AdapterError)
     check_files(folder, where)
     check_kind(folder, where)
+    check_base(folder, source, where)
     check_fit(folder, source, where)
     return folder
 
@@ -51,17 +64,70 @@ def check_files(folder: Path, where: str) -> None:
 
 def check_kind(folder: Path, where: str) -> None:
     """Folding needs LoRA on an unchanged base and an unchanged vocabulary."""
-    config = read_json_object(folder / ADAPTER_CONFIG, where, MAX_CONFIG_BYTES)
-    if config.get("peft_type") != "LORA":
-        message = f"the adapter is of the type {config.get('peft_type')!r}, and only LoRA can be folded into a base"
-        raise AdapterError(message, where=where, fix="name a LoRA adapter", code="adapter-kind")
-    if config.get("trainable_token_indices"):
+    if read_adapter_config(folder, where).get("trainable_token_indices"):
         message = "the adapter brings tokens of its own, which this recipe's tokenizer does not have"
         fix = "merge its run (scripts/merge.py), and name the merged folder in model.name"
         raise AdapterError(message, where=where, fix=fix, code="adapter-kind")
-    if isinstance(start := config.get("init_lora_weights"), str) and start not in ("gaussian", "eva", "orthogonal"):
+
+
+def read_adapter_config(folder: Path, where: str) -> dict[str, Any]:
+    """adapter_config.json, after a look at what peft would do with it: a stranger may have written it.
+
+    Raises:
+        AdapterError: not LoRA, a start that changes the base, a key that names code to import, or a rank beyond that of the
+            weights: peft makes the matrices of that rank before it reads a number.
+    """
+    try:
+        config = read_json_object(folder / ADAPTER_CONFIG, where, MAX_CONFIG_BYTES)
+    except ModelLoadingError as error:
+        raise AdapterError(
+            error.problems[0].message, where=where, fix="copy the folder again", code="damaged"
+        ) from error
+    if config.get("peft_type") != "LORA":
+        message = f"the adapter is of the type {config.get('peft_type')!r}, and only LoRA is read here"
+        raise AdapterError(message, where=where, fix="name a LoRA adapter", code="adapter-kind")
+    start = config.get("init_lora_weights")
+    if isinstance(start, list | dict) or (isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal")):
         message = f"the adapter was started by {start}, which changes the base, and was not converted when it was saved"
         fix = "save it with path_initial_model_for_weight_conversion, or train it with Tunebook"
+        raise AdapterError(message, where=where, fix=fix, code="adapter-kind")
+    if named := next((key for key in FOREIGN_KEYS if config.get(key)), None):
+        message = f"adapter_config.json sets {named}, which {FOREIGN_KEYS[named]}"
+        raise AdapterError(message, where=where, fix="use another copy of the adapter", code="adapter-kind")
+    check_ranks(config, read_shapes(folder, where), where)
+    return config
+
+
+def check_ranks(config: Mapping[str, Any], shapes: Mapping[str, Shape], where: str) -> None:
+    """The ranks that adapter_config.json names are whole numbers, and none is above the largest in the weights."""
+    pattern = config.get("rank_pattern") or {}
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+    largest = max((shape[0] for name, shape in shapes.items() if FACTOR_A.search(name) and shape), default=0)
+    for rank in ranks:
+        if type(rank) is not int or not 1 <= rank <= largest:
+            message = (
+                f"adapter_config.json names the rank {rank!r}, and the largest in the adapter's weights is {largest}"
+            )
+            raise AdapterError(message, where=where, fix="use another copy of the adapter", code="adapter-rank")
+
+
+def check_base(folder: Path, source: ModelSource, where: str) -> None:
+    """The adapter of a run goes on the base of that run: run.json knows its hash. Silent where either is not here.
+
+    Raises:
+        AdapterError: other weights, or a base that had an adapter folded in itself.
+    """
+    facts_file = folder.parent / "run.json"
+    if folder.name != "adapter" or not facts_file.is_file() or not source.list_weight_files():
+        return
+    facts = read_json_object(facts_file, where, MAX_CONFIG_BYTES)
+    if facts.get("model_hash") not in (None, source.hash_weights()):
+        message = f"the adapter was trained on other weights than those of {source.name}"
+        fix = f"name the base of {folder.parent} in model.name: its recipe.yaml says which"
+        raise AdapterError(message, where=where, fix=fix, code="adapter-mismatch")
+    if facts.get("adapter_hash"):
+        message = "the adapter was trained on a base that had another adapter folded in"
+        fix = "merge its run (scripts/merge.py), and name the merged folder in model.name"
         raise AdapterError(message, where=where, fix=fix, code="adapter-kind")
 
 

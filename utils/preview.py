@@ -13,6 +13,7 @@ import numpy as np
 from utils.exceptions import Problem, RunError
 from utils.methods.pairs import has_answers, split_pair
 from utils.piece_encoder import EncodedExample
+from utils.logging import hide_secrets
 from utils.preflight import Preflight
 from utils.tokenizer_utils import TokenizerUtils
 
@@ -57,7 +58,7 @@ def highlight(example: EncodedExample, tokenizer: TokenizerUtils, *, color: bool
 def print_warnings(problems: Sequence[Problem]) -> None:
     """Prints what is allowed but rarely meant."""
     for problem in problems:
-        print(f"warning: {problem}", file=sys.stderr)
+        print(hide_secrets(f"warning: {problem}"), file=sys.stderr)
 
 
 def describe_example(example: EncodedExample, tokenizer: TokenizerUtils) -> dict[str, Any]:

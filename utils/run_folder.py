@@ -8,14 +8,15 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from config.recipe_io import LoadedRecipe, format_resolved, load_recipe
 from utils.exceptions import RunError, TunebookError
-from utils.logging import NAME, add_log_file, get_logger, hide_secrets, remove_log_file
+from utils.logging import NAME, add_log_file, get_logger, hide_in_values, hide_secrets, remove_log_file
+from utils.model_safety import check_run_links
 from utils.model_source import ModelSource
 
 OUTPUTS = Path("outputs")
@@ -39,7 +40,7 @@ class RunFolder:
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         """Writes run.json in one piece."""
-        write_text_atomically(self.run_file, json.dumps(facts, indent=2, allow_nan=False) + "\n")
+        write_text_atomically(self.run_file, json.dumps(hide_in_values(facts), indent=2, allow_nan=False) + "\n")
 
     def read_facts(self) -> dict[str, Any]:
         """Reads run.json."""
@@ -61,9 +62,22 @@ class RunFolder:
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
         return [json.loads(line) for line in lines]
 
-    def load_recipe(self) -> LoadedRecipe:
-        """The resolved recipe of this run."""
-        return load_recipe(self.recipe_file)
+    def load_recipe(self, overrides: Sequence[str] = (), *, trusts_code: bool = False) -> LoadedRecipe:
+        """The resolved recipe of this run.
+
+        Args:
+            trusts_code: the user's own word that code of the model may run. The recipe of a run cannot give it: a run folder is
+                handed about, and whoever wrote it chose both the model and this line.
+
+        Raises:
+            RunError: the recipe trusts code, and the user has not said so.
+        """
+        loaded = load_recipe(self.recipe_file, overrides)
+        if loaded.recipe.model.trust_remote_code and not trusts_code:
+            message = f"this run loads {loaded.recipe.model.name} with Python code that comes with it"
+            fix = "if you know that code, add --trust-remote-code"
+            raise RunError(message, where=loaded.find_origin("model.trust_remote_code"), fix=fix, code="trust")
+        return loaded
 
     def check_base(self, source: ModelSource) -> None:
         """Refuses a base that is not the one that the run was trained on; a run of an older version may not know.
@@ -230,6 +244,7 @@ def find_run(asked: Path | None) -> RunFolder:
     if not folder.recipe_file.is_file() or not folder.run_file.is_file():
         fix = "name a folder that train.py made, or leave --run out for the latest one"
         raise RunError("this is not a run folder", where=str(path), fix=fix, code="no-run")
+    check_run_links(path)
     return folder
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from utils.adapter_source import read_adapter_config
 from utils.backends.torch_adapters import ADAPTER, limit_workers
 from utils.backends.torch_model import TorchModel
 from utils.exceptions import AdapterError
@@ -73,12 +74,13 @@ def read_adapter(network: nn.Module, folder: Path, device: str) -> PeftModel:
     peft alone only warns about what is missing, and says nothing about what is left over.
 
     Raises:
-        AdapterError: as `load_adapter`.
+        AdapterError: as `load_adapter`, or a configuration that makes peft run or read what a file names.
     """
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         fix = "name a run folder that finished training"
         raise AdapterError("there is no adapter", where=str(folder), fix=fix, code="no-adapter")
+    read_adapter_config(folder, str(folder))
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if config.task_type == "CAUSAL_LM" and not hasattr(network, "prepare_inputs_for_generation"):
