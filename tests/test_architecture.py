@@ -216,6 +216,8 @@ def test_only_named_errors_are_caught() -> None:
             caught = {item.id for item in ast.walk(node.type) if isinstance(item, ast.Name)} if node.type else {"bare"}
             if is_in(path, "utils/cli.py"):
                 caught -= {"Exception"}
+            if path.name == "tokenizer_files.py":
+                caught -= {"Exception"}  # the tokenizers library raises that class itself
             if path.name == "torch_generation.py":
                 caught -= {"BaseException"}  # handed to another thread and raised there
             if caught & {"bare", "Exception", "BaseException"}:

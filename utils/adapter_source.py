@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.exceptions import AdapterError, ModelLoadingError, RecipeError
-from utils.model_headers import read_header_bytes, read_json_object
+from utils.model_headers import read_json_object
 from utils.model_safety import check_links
-from utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelSource, iterate_tensor_shapes
+from utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelSource
 
 MAX_CONFIG_BYTES = 10_000_000
 # Keys of adapter_config.json with which a file has peft do more than put matrices on modules: what they do.
@@ -24,7 +24,6 @@ FOREIGN_KEYS = {
 }
 FACTOR_A = re.compile(r"\.lora_(embedding_)?A(\.|$)")
 PREFIX = "base_model.model."
-Shape = tuple[int, ...]
 
 
 def find_adapter(name: str, source: ModelSource, where: str) -> Path:
@@ -94,11 +93,42 @@ def read_adapter_config(folder: Path, where: str) -> dict[str, Any]:
     if named := next((key for key in FOREIGN_KEYS if config.get(key)), None):
         message = f"adapter_config.json sets {named}, which {FOREIGN_KEYS[named]}"
         raise AdapterError(message, where=where, fix="use another copy of the adapter", code="adapter-kind")
+    check_numbers(config, where)
+    check_targets(config, where)
     check_ranks(config, read_shapes(folder, where), where)
     return config
 
 
-def check_ranks(config: Mapping[str, Any], shapes: Mapping[str, Shape], where: str) -> None:
+def check_numbers(config: Mapping[str, Any], where: str) -> None:
+    """Every alpha is a finite number: the sum of base and adapter would be none."""
+    pattern = config.get("alpha_pattern") or {}
+    for alpha in (config.get("lora_alpha"), *(pattern.values() if isinstance(pattern, dict) else [pattern])):
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            message = f"adapter_config.json says {alpha!r} where a number should stand (lora_alpha, alpha_pattern)"
+            raise AdapterError(message, where=where, fix="use another copy of the adapter", code="adapter-kind")
+
+
+def check_targets(config: Mapping[str, Any], where: str) -> None:
+    """Names of modules are lists of text, or one regular expression; patterns of ranks and alphas are expressions, too."""
+    patterns = [key for name in ("rank_pattern", "alpha_pattern") for key in config.get(name) or ()]
+    for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_pattern"):
+        value = config.get(name)
+        patterns += [value] if isinstance(value, str) else []
+        is_names = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if value is not None and not isinstance(value, str) and not is_names:
+            message = f"adapter_config.json says {name}: {value!r}, which is no list of names"
+            raise AdapterError(message, where=where, fix="use another copy of the adapter", code="adapter-kind")
+    for pattern in patterns:
+        try:
+            re.compile(str(pattern))
+        except re.error as error:
+            message = f"adapter_config.json holds a broken regular expression, {pattern!r}: {error}"
+            raise AdapterError(
+                message, where=where, fix="use another copy of the adapter", code="adapter-kind"
+            ) from error
+
+
+def check_ranks(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """The ranks that adapter_config.json names are whole numbers, and none is above the largest in the weights."""
     pattern = config.get("rank_pattern") or {}
     ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
@@ -132,42 +162,35 @@ def check_base(folder: Path, source: ModelSource, where: str) -> None:
 
 
 def check_fit(folder: Path, source: ModelSource, where: str) -> None:
-    """Every adapted module exists in the base, with the same inputs and outputs; silent before the base is downloaded."""
-    base = dict(iterate_tensor_shapes(source))
-    if not base or "quantization_config" in source.config:  # packed weights have other shapes
+    """Every tensor of the adapter has its place in the base and its shape; silent before the base is downloaded.
+
+    What only the framework can tell is left to it: it has all the memory by then that the ranks ask for.
+    """
+    if not source.list_weight_files():
         return
-    for module, inputs, outputs in iterate_adapted_modules(read_shapes(folder, where)):
-        shape = find_shape(base, f"{module}.weight")
-        if shape is None or tuple(sorted(shape)) != tuple(sorted((inputs, outputs))):
-            found = f"has {' × '.join(map(str, shape))}" if shape else "is not there"
-            message = (
-                f"the adapter does not fit {source.name}: it adapts {module} ({outputs} × {inputs}), which {found}"
-            )
-            fix = "name the base model that the adapter was trained on in model.name"
-            raise AdapterError(message, where=where, fix=fix, code="adapter-mismatch")
+    from utils.adapter_changes import NeedsFramework
+    from utils.merge_plan import plan_merge
 
-
-def read_shapes(folder: Path, where: str) -> dict[str, Shape]:
-    """Name → shape of every tensor of an adapter, from the header of its file."""
-    path = folder / ADAPTER_WEIGHTS
     try:
-        header: dict[str, Any] = json.loads(read_header_bytes(path))
-        return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    except (ModelLoadingError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise AdapterError(
-            f"the adapter's weights are damaged: {path}", where=where, fix="copy the folder again", code="damaged"
-        ) from error
+        is_reward = read_adapter_config(folder, where).get("task_type") == "SEQ_CLS"
+        plan_merge(source, [folder], (), is_reward)
+    except NeedsFramework:
+        return
+    except AdapterError as error:
+        fix = "name the base model that the adapter was trained on in model.name"
+        raise AdapterError(error.problems[0].message, where=where, fix=fix, code="adapter-mismatch") from error
 
 
-def iterate_adapted_modules(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int, int]]:
-    """Yields (module, inputs, outputs) of every pair of A (rank × inputs) and B (outputs × rank)."""
-    for name, shape in shapes.items():
-        module, found, _ = name.partition(".lora_A.")
-        if found and (other := shapes.get(name.replace(".lora_A.", ".lora_B."))):
-            yield module.removeprefix(PREFIX), shape[-1], other[0]
+def read_shapes(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor of an adapter, from the checked header of its file."""
+    from utils.tensor_files import ITEM_BYTES, read_tensor_file
 
-
-def find_shape(base: Mapping[str, Shape], name: str) -> Shape | None:
-    """The base's tensor of a name; hub files may leave out the outer modules: `h.0.attn…` for `transformer.h.0.attn…`."""
-    parts = name.split(".")
-    return next((base[key] for start in range(len(parts)) if (key := ".".join(parts[start:])) in base), None)
+    try:
+        tensors = read_tensor_file(folder / ADAPTER_WEIGHTS).tensors
+    except ModelLoadingError as error:
+        message = f"the adapter's weights are damaged: {error.problems[0].message}"
+        raise AdapterError(message, where=where, fix="copy the folder again", code="damaged") from error
+    if odd := next((tensor for tensor in tensors if tensor.dtype not in ITEM_BYTES), None):
+        message = f"the adapter's weights are damaged: {odd.name} has the number format {odd.dtype}"
+        raise AdapterError(message, where=where, fix="copy the folder again", code="damaged")
+    return {tensor.name: tensor.shape for tensor in tensors}

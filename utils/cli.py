@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from config.structured_config import GenerationSection
 from utils.exceptions import RecipeError, RunError, TunebookError
-from utils.logging import hide_secrets, set_up_logging, show_bug
+from utils.logging import hide_secrets, set_up_logging, show_bug, show_controls
 
 STARTED = time.time()  # seconds since the epoch; scripts import this module first, so it is the run's beginning
 # How a finished run answers; everything else is what was trained.
@@ -116,7 +116,7 @@ def report_error(error: TunebookError, *, as_json: bool) -> None:
         print(hide_secrets(text))
         return
     for problem in error.problems:
-        print(hide_secrets(f"error: {problem}"), file=sys.stderr)
+        print(show_controls(hide_secrets(f"error: {problem}")), file=sys.stderr)
 
 
 def check_run_overrides(overrides: Sequence[str]) -> None:
@@ -158,8 +158,13 @@ def print_stream(pieces: Generator[str, None, None]) -> None:
     """Prints text as it arrives; Ctrl-C ends what makes it."""
     with closing(pieces):
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(show_piece(piece), end="", flush=True)
     print()
+
+
+def show_piece(piece: str) -> str:
+    """A piece of an answer; on a terminal, a model must not command it."""
+    return show_controls(piece) if sys.stdout.isatty() else piece
 
 
 def write_lines(lines: Sequence[str], target: Path | None) -> None:
@@ -198,7 +203,7 @@ def hold_conversation(stream: Callable[[list[dict[str, str]]], Iterable[str]]) -
         try:
             for piece in stream(messages):
                 pieces.append(piece)
-                print(piece, end="", flush=True)
+                print(show_piece(piece), end="", flush=True)
         except KeyboardInterrupt:
             pass
         except TunebookError as error:

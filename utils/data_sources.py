@@ -67,6 +67,9 @@ def find_sources(asked: str | DataSource | Sequence[str | DataSource], where: st
 
 def resolve_item(item: DataSource, where: str) -> list[RowSource]:
     """The sources that one entry names."""
+    if "://" in item.source:
+        text = f"{item.source} is an address, and rows are read from files and from datasets of the hub"
+        raise DataError(text, where=where, fix="download it, and name the file", code="address")
     path = Path(item.source)
     if not find_out(path.exists, where):
         if (named := HUB_SPLIT.fullmatch(item.source)) and is_hub_id(named["source"]):

@@ -30,7 +30,7 @@ QUIET = (
     "filelock",
 )
 SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)", re.IGNORECASE)
-# Tokens of Hugging Face, OpenAI and Anthropic, Weights & Biases, GitHub, GitLab, Slack, AWS and Google, and what follows «Bearer».
+# Tokens of Hugging Face, OpenAI and Anthropic, Weights & Biases, GitHub, GitLab, Slack, AWS and Google; what follows «Bearer».
 SECRET_SHAPE = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|wandb_v\d_[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}"
     r"|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}|xox[abprs]-[A-Za-z0-9-]{10,}|AKIA[A-Z0-9]{16}"
@@ -38,6 +38,7 @@ SECRET_SHAPE = re.compile(
 )
 CREDENTIALS = re.compile(r"(?<=://)[^\s/@'\"<>]+(?=@)")  # of an address: `user:password` between `//` and `@`
 HIDDEN = "[hidden]"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line breaks: some of them command a terminal
 
 
 class SecretFormatter(logging.Formatter):
@@ -45,7 +46,7 @@ class SecretFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Called by logging for every line."""
-        return hide_secrets(super().format(record))
+        return show_controls(hide_secrets(super().format(record)))
 
 
 def hide_secrets(text: str) -> str:
@@ -53,6 +54,11 @@ def hide_secrets(text: str) -> str:
     for value in list_secrets():
         text = text.replace(value, HIDDEN)
     return CREDENTIALS.sub(HIDDEN, SECRET_SHAPE.sub(HIDDEN, text))
+
+
+def show_controls(text: str) -> str:
+    """Text in which control characters are written out: in a row or a template, they could command a reader's terminal."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def list_secrets() -> list[str]:

@@ -1,7 +1,7 @@
-"""What a folder from a stranger must not do: name code, name files elsewhere, or make a library load other files than we checked.
+"""What a folder from a stranger must not do: choose code, or have files read that nobody looked at.
 
-A model, an adapter or a run is data. `config.json` and its like can nevertheless choose code (`auto_map`, an attention kernel of a
-repository: CVE-2026-4372) or files (`transformers_weights`, `configuration_files`), and a link can lead out of the folder.
+A model, an adapter or a run is data. Its `config.json` can nevertheless choose code (`auto_map`; the attention kernel of some
+repository, CVE-2026-4372) or files (`transformers_weights`, `configuration_files`), and a link can lead out of the folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from utils.exceptions import ModelLoadingError, RunError, TunebookError
 from utils.model_headers import INDEX_NAME, WEIGHTS_NAME, read_json_object
 
-# Keys of config.json with which transformers 5.23 chooses code or files; besides these, every key that begins with an underscore.
+# Keys with which a config.json chooses code or files in transformers 5.23; besides these, all that begin with an underscore.
 CODE_KEYS = frozenset(
     {
         *("auto_map", "trust_remote_code", "code_revision", "custom_generate", "custom_pipelines", "auto_class"),
@@ -85,6 +85,8 @@ def check_model_folder(folder: Path) -> None:
         ModelLoadingError: a link out of the folder, an adapter beside the model, shards beside the weights, or a tokenizer
             whose config names a file elsewhere.
     """
+    if not (folder / "config.json").is_file():  # no model: its reader says so
+        return
     where = str(folder)
     check_links(folder, ModelLoadingError)
     is_model = any((folder / name).exists() for name in (WEIGHTS_NAME, INDEX_NAME))

@@ -15,7 +15,6 @@ from typing import Any, Literal
 from utils.exceptions import ModelLoadingError
 from utils.model_source import ModelSource, iterate_tensor_shapes
 
-
 # Ends of keys that are a width, a count or a size of one layer.
 WIDTHS = ("_size", "_dim", "_heads", "_embd", "_inner", "_positions", "_rank", "_experts")
 

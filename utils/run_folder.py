@@ -46,7 +46,7 @@ class RunFolder:
         """Reads run.json."""
         try:
             facts = json.loads(self.run_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"run.json cannot be read: {error}", where=str(self.path), code="no-run") from error
         if not isinstance(facts, dict):
             raise RunError("run.json is not a JSON object", where=str(self.path), code="no-run")
@@ -124,12 +124,18 @@ class RunFolder:
         raise RunError(message, where=str(self.path), fix=fix, code="data-changed")
 
     def check_complete(self) -> None:
-        """Refuses a run that left no weights behind.
+        """Refuses a run that left no weights behind, or an adapter that must not be read: its base takes long to load.
 
         Raises:
             RunError: it failed or is still running.
+            AdapterError: the adapter is damaged, a pickle, or chooses code.
         """
-        if not self.adapter.is_dir() and not self.model.is_dir():
+        if self.adapter.is_dir():
+            from utils.adapter_source import check_files, read_adapter_config
+
+            check_files(self.adapter, str(self.adapter))
+            read_adapter_config(self.adapter, str(self.adapter))
+        elif not self.model.is_dir():
             status = self.read_facts().get("status", "unknown")
             fix = "choose another run with --run, or train again"
             raise RunError(
@@ -239,7 +245,7 @@ def find_run(asked: Path | None) -> RunFolder:
     if asked is None and not pointer.is_file():
         fix = "train first: python scripts/train.py --recipe recipes/smollm2_sql.yaml"
         raise RunError("there is no run yet", where=str(OUTPUTS), fix=fix, code="no-run")
-    path = asked or Path(pointer.read_text(encoding="utf-8").strip())
+    path = asked or Path(pointer.read_text(encoding="utf-8", errors="replace").strip())
     folder = RunFolder(path)
     if not folder.recipe_file.is_file() or not folder.run_file.is_file():
         fix = "name a folder that train.py made, or leave --run out for the latest one"

@@ -173,6 +173,16 @@ def replace_header(path: Path, changes: dict[str, Any]) -> None:
     path.write_bytes(struct.pack("<Q", len(written)) + written + content[8 + length :])
 
 
+def fill_tensors(path: Path, values: dict[str, float]) -> None:
+    """Fills tensors of a safetensors file with one number."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(path)
+    for name, value in values.items():
+        tensors[name] = np.full_like(tensors[name], value)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def write_pickle(path: Path) -> None:
     """A pickle that writes a file called `canary` where it is read: the form of a .bin or .pt file."""
     path.write_bytes(b"cposix\nsystem\n(S'touch canary'\ntR.")
@@ -201,9 +211,15 @@ def write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
 
 
 def repeat(path: Path, parts: list[Any]) -> None:
-    """Writes `before + piece × count + after`, for what is too long to stand in a list of cases."""
-    before, piece, count, after = parts
-    path.write_text(before + piece * count + after, encoding="utf-8")
+    """Writes texts, each of them alone or as `[text, times]`: for what is too long to stand in a list of cases."""
+    pieces = (part if isinstance(part, str) else part[0] * part[1] for part in parts)
+    path.write_text("".join(pieces), encoding="utf-8")
+
+
+def nest_header(path: Path, depth: int) -> None:
+    """A safetensors file whose header is nothing but nested lists."""
+    header = b'{"a": ' + b"[" * depth
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
 
 
 def append(path: Path, text: str) -> None:
@@ -224,24 +240,24 @@ def link(path: Path, target: str) -> None:
 VERBS: dict[str, Callable[[Path, Any], None]] = {
     "write": lambda path, text: path.write_text(text, encoding="utf-8"),
     "hex": lambda path, text: path.write_bytes(bytes.fromhex(text)),
+    "utf16": lambda path, text: path.write_bytes(text.encode("utf-16")),
     "latin1": lambda path, text: path.write_bytes(text.encode("latin-1")),
     "append": append,
     "repeat": repeat,
     "json": set_keys,
     "drop": drop_keys,
     "remove": lambda path, _: path.unlink(),
-    "folder": lambda path, _: path.mkdir(),
     "link": link,
     "truncate": lambda path, size: os.truncate(path, size),
     "flip": flip_byte,
     "header": replace_header,
+    "nest": nest_header,
+    "fill": fill_tensors,
     "pickle": lambda path, _: write_pickle(path),
     "code": lambda path, _: write_code(path),
     "gzip": write_gzip,
     "parquet": write_parquet,
-    "copy": lambda path, source: path.write_bytes((path.parents[len(path.parents) - 1] / source).read_bytes()),
     "pipe": lambda path, _: os.mkfifo(path),
-    "mode": lambda path, mode: path.chmod(int(mode, 8)),
 }
 
 

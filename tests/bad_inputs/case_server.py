@@ -1,4 +1,4 @@
-"""Runs all cases in one process that has imported everything: each in a fork of its own, so none sees what another left.
+"""Runs all cases in one process that has imported everything, each in a fork of its own: none sees what another left.
 
     python tests/bad_inputs/case_server.py CASES.json FOLDER
 
@@ -8,6 +8,8 @@ own memory, time and exit code. Prints nothing; writes FOLDER/results.json.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -22,24 +24,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 HANGS_AFTER = 20.0  # seconds
+LIGHT = ("pyarrow.parquet", "transformers.tokenization_utils_tokenizers", "utils.preflight", "utils.preview")
+HEAVY = (
+    *("transformers.models.llama.modeling_llama", "utils.backends.torch_backend", "utils.evaluation", "utils.merging"),
+    *("utils.data_preparation", "utils.report", "utils.session", "utils.training_run"),
+)
 
-from tests.bad_inputs.build_tree import change_tree, hash_tree, write_good_tree
+from tests.bad_inputs.build_tree import change_tree, hash_tree, write_good_tree  # noqa: E402 - the line above it finds it
 
 
-def import_everything() -> None:
-    """What the scripts import later: the frameworks, and our modules over them."""
-    import pyarrow.parquet
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import utils.evaluation
-    import utils.merging
-    import utils.recipe_writer
-    import utils.report
-    import utils.session
-    import utils.training_run
-    from utils.backends import load_backend
-
-    load_backend("auto")
+def import_modules(names: tuple[str, ...]) -> None:
+    """Imports what the scripts import later; forks then share it, and their collectors leave it alone."""
+    for name in names:
+        importlib.import_module(name)
+    gc.freeze()
 
 
 def run_case(tree: Path, command: list[str], environment: dict[str, str]) -> dict[str, Any]:
@@ -80,7 +78,7 @@ def run_script(tree: Path, command: list[str], environment: dict[str, str], out:
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-    except BaseException:  # as the interpreter does at its end, which a fork of another program does not reach
+    except BaseException:  # noqa: BLE001 - as the interpreter does at its end, which a fork of another program does not reach
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -88,28 +86,34 @@ def run_script(tree: Path, command: list[str], environment: dict[str, str], out:
         os._exit(code)
 
 
-def main(cases_file: Path, folder: Path) -> None:
-    """Builds the good tree, trains a run in it, and runs every case in a copy."""
-    cases = json.loads(cases_file.read_text(encoding="utf-8"))
-    import_everything()
-    good = folder / "good"
-    good.mkdir(parents=True)
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "NO_COLOR": "1", "TUNEBOOK_DEVICE": "cpu"}
-    write_good_tree(good)
-    trained = run_case(
-        good,
-        ["train", "--recipe", "recipe.yaml", "--run", "run"],
-        {**environment, "TUNEBOOK_CACHE": str(folder / "trained")},
-    )
-    shutil.rmtree(good / "outputs", ignore_errors=True)
-    results = {"": trained}
-    for number, case in enumerate(cases):
-        tree = folder / f"{number:03}" / "work"
+def run_cases(cases: list[dict[str, Any]], good: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Every case in a copy of the good folder, which is removed at once."""
+    results = {}
+    for case in cases:
+        tree = good.parent / "case" / "work"
         shutil.copytree(good, tree, symlinks=True)
         change_tree(tree, case.get("change", {}))
-        cache = {"TUNEBOOK_CACHE": str(tree.parent / "cache")}
-        results[case["name"]] = run_case(tree, case["run"], {**environment, **cache, **case.get("environment", {})})
+        own = {"TUNEBOOK_CACHE": str(tree.parent / "cache"), **case.get("environment", {})}
+        results[case["name"]] = run_case(tree, case["run"], {**environment, **own})
         shutil.rmtree(tree.parent)
+    return results
+
+
+def main(cases_file: Path, folder: Path) -> None:
+    """Runs the cases that need no framework, then trains a run in the good folder, and runs the others."""
+    cases = json.loads(cases_file.read_text(encoding="utf-8"))
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "NO_COLOR": "1", "TUNEBOOK_DEVICE": "cpu"}
+    os.environ.update(environment)  # the hub's library looks at it when it is imported
+    good = folder / "good"
+    good.mkdir(parents=True)
+    write_good_tree(good)
+    import_modules(LIGHT)
+    results = run_cases([case for case in cases if case["run"][0] == "validate"], good, environment)
+    import_modules(HEAVY)
+    train = ["train", "--recipe", "recipe.yaml", "--run", "run"]
+    results[""] = run_case(good, train, {**environment, "TUNEBOOK_CACHE": str(folder / "trained")})
+    shutil.rmtree(good / "outputs")
+    results |= run_cases([case for case in cases if case["run"][0] != "validate"], good, environment)
     (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
 
 

@@ -50,6 +50,12 @@ from utils.model_safety import strip_code_keys
 from utils.model_shape import refuse_oversized
 from utils.model_source import ModelSource, read_config
 
+# What transformers raises on files that make no model; some of it are faults of a stranger's config, met deep in its code.
+LOADING_ERRORS = (
+    OSError, ValueError, LookupError, RuntimeError, ArithmeticError, TypeError, AttributeError, AssertionError,
+    SafetensorError, StrictDataclassError,
+)  # fmt: skip
+
 
 def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
     """Looks at the machine and loads the base model on it, with its adapter folded in and its tokens added, ready to infer.
@@ -113,24 +119,24 @@ def read_files(source: ModelSource, recipe: Recipe, plan: MachinePlan, device: s
             # Left out, transformers takes a GPU wherever there is one, also when the run is meant for the CPU.
             device_map=None if quantization is None else {"": device},
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # left to it, transformers says to look «at the above report», which is not shown
         )
     except ImportError as error:
         raise MachineError(str(error).strip().splitlines()[0], where="model", fix="run `make setup`") from error
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        ZeroDivisionError,
-        SafetensorError,
-        StrictDataclassError,
-    ) as error:
+    except LOADING_ERRORS as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         # transformers checks config.json field by field, and says on the second line what is wrong with one.
         text = " ".join(lines).replace("    ", " ") if isinstance(error, StrictDataclassError) else lines[0]
         fix = "use another copy of the model: config.json and weights must belong together"
         message = f"the model cannot be loaded: {text}"
         raise ModelLoadingError(message, where=str(source.folder), fix=fix) from error
+    if loading["mismatched_keys"]:
+        name, stored, wanted = min(
+            (str(name), tuple(stored), tuple(wanted)) for name, stored, wanted in loading["mismatched_keys"]
+        )
+        message = f"{name} has the shape {stored} in the files, and config.json asks for {wanted}"
+        fix = "use another copy of the model: config.json and weights must belong together"
+        raise ModelLoadingError(message, where=str(source.folder), fix=fix, code="bad-config")
     return network, {str(name) for name in loading["missing_keys"]}
 
 
