@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from config.structured_config import GenerationSection
 from utils.exceptions import RecipeError, RunError, TunebookError
-from utils.logging import hide_secrets, set_up_logging, show_bug, show_controls
+from utils.logging import hide_in_values, hide_secrets, set_up_logging, show_bug, show_controls
 
 STARTED = time.time()  # seconds since the epoch; scripts import this module first, so it is the run's beginning
 # How a finished run answers; everything else is what was trained.
@@ -112,8 +112,8 @@ def load_environment() -> None:
 def report_error(error: TunebookError, *, as_json: bool) -> None:
     """Prints the problems: JSON for programs on stdout, lines for people on stderr."""
     if as_json:
-        text = json.dumps({"ok": False, "problems": [problem.to_json() for problem in error.problems]}, indent=2)
-        print(hide_secrets(text))
+        answer = {"ok": False, "problems": [problem.to_json() for problem in error.problems]}
+        print(json.dumps(hide_in_values(answer), indent=2))
         return
     for problem in error.problems:
         print(show_controls(hide_secrets(f"error: {problem}")), file=sys.stderr)

@@ -62,7 +62,7 @@ def show_controls(text: str) -> str:
 
 
 def list_secrets() -> list[str]:
-    """Values of environment variables named like secrets, also as JSON and Python write them; the longest first.
+    """Values of environment variables named like secrets, also as JSON, Python and YAML write them; the longest first.
 
     A short secret may be the beginning of a longer one. `.env` has been read into the environment by then.
     """
@@ -70,6 +70,7 @@ def list_secrets() -> list[str]:
     written = {
         form for value in values for form in (json.dumps(value), json.dumps(value, ensure_ascii=False), repr(value))
     }
+    written |= {f"'{value.replace(chr(39), chr(39) * 2)}'" for value in values}
     return sorted(values | {form[1:-1] for form in written}, key=len, reverse=True)
 
 

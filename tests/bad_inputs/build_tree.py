@@ -210,6 +210,14 @@ def write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
     parquet.write_table(pyarrow.table(columns), path)
 
 
+def replace_text(path: Path, texts: list[str]) -> None:
+    """Puts the second text in the place of the first, which must be there."""
+    old, new = texts
+    content = path.read_text(encoding="utf-8")
+    assert old in content
+    path.write_text(content.replace(old, new), encoding="utf-8")
+
+
 def repeat(path: Path, parts: list[Any]) -> None:
     """Writes texts, each of them alone or as `[text, times]`: for what is too long to stand in a list of cases."""
     pieces = (part if isinstance(part, str) else part[0] * part[1] for part in parts)
@@ -243,6 +251,7 @@ VERBS: dict[str, Callable[[Path, Any], None]] = {
     "utf16": lambda path, text: path.write_bytes(text.encode("utf-16")),
     "latin1": lambda path, text: path.write_bytes(text.encode("latin-1")),
     "append": append,
+    "replace": replace_text,
     "repeat": repeat,
     "json": set_keys,
     "drop": drop_keys,
