@@ -99,10 +99,18 @@ def read_adapter_config(folder: Path, where: str) -> dict[str, Any]:
     return config
 
 
+def read_pattern(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """What `rank_pattern` or `alpha_pattern` says: regular expression → number."""
+    pattern = config.get(name) or {}
+    if not isinstance(pattern, dict):
+        message = f"adapter_config.json says {name}: {pattern!r}, which is no table"
+        raise AdapterError(message, where=where, fix="use another copy of the adapter", code="adapter-kind")
+    return pattern
+
+
 def check_numbers(config: Mapping[str, Any], where: str) -> None:
     """Every alpha is a finite number: the sum of base and adapter would be none."""
-    pattern = config.get("alpha_pattern") or {}
-    for alpha in (config.get("lora_alpha"), *(pattern.values() if isinstance(pattern, dict) else [pattern])):
+    for alpha in (config.get("lora_alpha"), *read_pattern(config, "alpha_pattern", where).values()):
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
             message = f"adapter_config.json says {alpha!r} where a number should stand (lora_alpha, alpha_pattern)"
             raise AdapterError(message, where=where, fix="use another copy of the adapter", code="adapter-kind")
@@ -110,7 +118,7 @@ def check_numbers(config: Mapping[str, Any], where: str) -> None:
 
 def check_targets(config: Mapping[str, Any], where: str) -> None:
     """Names of modules are lists of text, or one regular expression; patterns of ranks and alphas are expressions, too."""
-    patterns = [key for name in ("rank_pattern", "alpha_pattern") for key in config.get(name) or ()]
+    patterns = [key for name in ("rank_pattern", "alpha_pattern") for key in read_pattern(config, name, where)]
     for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_pattern"):
         value = config.get(name)
         patterns += [value] if isinstance(value, str) else []
@@ -130,8 +138,7 @@ def check_targets(config: Mapping[str, Any], where: str) -> None:
 
 def check_ranks(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """The ranks that adapter_config.json names are whole numbers, and none is above the largest in the weights."""
-    pattern = config.get("rank_pattern") or {}
-    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+    ranks = [config.get("r"), *read_pattern(config, "rank_pattern", where).values()]
     largest = max((shape[0] for name, shape in shapes.items() if FACTOR_A.search(name) and shape), default=0)
     for rank in ranks:
         if type(rank) is not int or not 1 <= rank <= largest:

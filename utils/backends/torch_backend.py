@@ -145,17 +145,18 @@ def load_config(source: ModelSource, recipe: Recipe) -> Any:
 
     It is handed over as a file: AutoConfig knows more than the class of an architecture (which Mistral is a Ministral).
     """
-    labels = {"num_labels": 1} if recipe.reward else {}
-    if recipe.model.trust_remote_code:
+    trusted = recipe.model.trust_remote_code
+    settings: dict[str, Any] = {"local_files_only": True, **({"num_labels": 1} if recipe.reward else {})}
+    if trusted:
         get_logger().warning("model.trust_remote_code is true: Python code that comes with %s is run", source.name)
-        return AutoConfig.from_pretrained(source.folder, trust_remote_code=True, local_files_only=True, **labels)
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=trusted, **settings)
     kept, ignored = strip_code_keys(read_config(source.folder, str(source.folder)))
     if ignored:
         names = ", ".join(dict.fromkeys(ignored))
         get_logger().info("config.json of %s chooses code or files, which is ignored: %s", source.name, names)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(kept), encoding="utf-8")
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **labels)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **settings)
     config.name_or_path = str(source.folder)
     return config
 
