@@ -6,6 +6,7 @@ No case may end in a traceback, take a second, hang, change a file, or leave one
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,18 @@ def test_bad_input_is_refused_with_its_code_and_words_and_without_a_trace(
     assert not [secret for secret in case.get("hidden", ()) if secret in found["stderr"] + found["stdout"]]
     assert [path for path in found["cached"] if "/." in path.rpartition("/cache/")[2]] == [], "half of a cache entry"
     assert found["seconds"] < case.get("seconds", SECONDS)
+
+
+def test_the_page_on_security_names_cases_and_tests_that_exist() -> None:
+    root = HERE.parents[1]
+    page = (root / "docs" / "security.md").read_text(encoding="utf-8").partition("## Known attacks")[2]
+    sources = "".join(path.read_text(encoding="utf-8") for path in (root / "tests").rglob("test_*.py"))
+    assert [name for name in re.findall(r"`(test_\w+)`", page) if f"def {name}(" not in sources] == []
+    names = {case["name"].partition(": ")[2] for case in CASES}
+    quoted = re.findall(r"\*([^*|]+)\*", page)
+    assert len(quoted) > 20
+    unknown = [one for one in quoted if not any(all(part in name for part in one.split("…")) for name in names)]
+    assert unknown == []
 
 
 def test_there_are_cases_for_every_code_and_no_two_of_one_name() -> None:
