@@ -16,6 +16,7 @@ from utils.exceptions import Problem, RecipeError
 
 KeyPath = tuple[str, ...]
 MAX_BYTES = 1_000_000
+NEST = re.compile(r"(?:[\[{]\s*){50}")
 # YAML 1.2's core schema. PyYAML follows 1.1, where 2e-4 is text, 010 is 8, 1:30 is 90, on is true and a date is an object.
 RESOLVERS = {
     "tag:yaml.org,2002:null": (r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -50,10 +51,19 @@ class RecipeDumper(yaml.SafeDumper):
 for tag, (pattern, first_characters) in RESOLVERS.items():
     for handler in (RecipeLoader, RecipeDumper):
         handler.add_implicit_resolver(tag, re.compile(pattern), first_characters)
-RecipeLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+RecipeLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: read_integer(node))
 RecipeLoader.add_constructor(
     "tag:yaml.org,2002:float", lambda loader, node: float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
 )
+
+
+def read_integer(node: yaml.Node) -> int:
+    """A whole number; Python reads none of more than 4,300 digits."""
+    try:
+        return int(node.value)
+    except ValueError:
+        problem = f"a number of {len(node.value):,} digits"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
 @dataclass
@@ -101,6 +111,9 @@ def read_text(path: Path) -> str:
 
 def parse_yaml(text: str, name: str) -> YamlDocument:
     """Parses YAML text; `name` is what errors call it."""
+    if found := NEST.search(text):  # PyYAML needs seconds to give up on a hundred thousand brackets
+        line = text.count("\n", 0, found.start()) + 1
+        raise RecipeError("is nested too deeply", where=f"{name}:{line}", fix="a recipe has two levels", code="yaml")
     try:
         node = yaml.compose(text, Loader=RecipeLoader)
         if node is None:
@@ -116,7 +129,13 @@ def parse_yaml(text: str, name: str) -> YamlDocument:
         raise RecipeError(
             message, where=f"{name}:{line}", fix="check indentation, colons and quotes", code="yaml"
         ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        message = f"is not valid YAML: the character {chr(error.character)!a} is not allowed"
+        raise RecipeError(message, where=f"{name}:{line}", fix="remove it", code="yaml") from error
+    except RecursionError as error:
+        raise RecipeError("is nested too deeply", where=name, fix="a recipe has two levels", code="yaml") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"is not valid YAML: {error}", where=name, code="yaml") from error
     if not isinstance(values, dict):
         raise RecipeError(

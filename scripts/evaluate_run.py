@@ -22,9 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures both models and writes the report; returns the exit code."""
     parser = cli.make_parser(__doc__)
     cli.add_run_argument(parser)
+    cli.add_trust_argument(parser)
     options = parser.parse_args(arguments)
     folder = find_run(options.run)
-    loaded = folder.load_recipe()
+    loaded = folder.load_recipe(trusts_code=options.trusts_code)
 
     from utils.backends import load_backend
     from utils.evaluation import evaluate_run

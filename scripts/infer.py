@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from config.recipe_io import load_recipe
 from utils import cli
 from utils.exceptions import RunError
 from utils.run_folder import find_run
@@ -41,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--prompts", type=Path, metavar="FILE", help="rows (prompt or messages), or one prompt a line")
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --prompts: write JSONL here instead of printing")
     cli.add_override_argument(parser, "override a value of the run's recipe, such as generation.temperature=0.7")
+    cli.add_trust_argument(parser)
     options = parser.parse_args(arguments)
     if options.out and not options.prompts:
         parser.error("--out needs --prompts")
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if folder:
         cli.check_run_overrides(options.overrides)
     generation = None if folder else cli.read_generation(options.overrides)
-    loaded = load_recipe(folder.recipe_file, options.overrides) if folder else None
+    loaded = folder.load_recipe(options.overrides, trusts_code=options.trusts_code) if folder else None
 
     from utils.session import judges_answers, load_plain, load_run, read_prompts
 

@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Merges and verifies; returns the exit code."""
     parser = cli.make_parser(__doc__)
     cli.add_run_argument(parser)
+    cli.add_trust_argument(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to create (default: merged/ in the run folder)")
     what = "of a quantised run: merge into the full-precision base (default), or into its dequantised weights"
     parser.add_argument("--base", choices=("full", "dequantized"), default="full", help=what)
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare", action="store_true", help=what)
     options = parser.parse_args(arguments)
     folder = find_run(options.run)
-    loaded = folder.load_recipe()
+    loaded = folder.load_recipe(trusts_code=options.trusts_code)
     folder.check_complete()
     target = options.out or folder.path / "merged"
     if options.base == "dequantized" and loaded.recipe.model.quantization == "none":

@@ -17,6 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from config.recipe_io import format_resolved, load_recipe
 from utils import cli
+from utils.logging import hide_in_values, hide_secrets
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = summarise_preflight(preflight)
     if options.json:
         problems = [problem.to_json() for problem in preflight.warnings]
-        print(json.dumps({"ok": True, "problems": problems, "facts": facts}, indent=2))
+        print(json.dumps(hide_in_values({"ok": True, "problems": problems, "facts": facts}), indent=2))
         return 0
     if options.show_recipe:
-        print(format_resolved(preflight.loaded))
+        print(hide_secrets(format_resolved(preflight.loaded)))
     print_warnings(preflight.warnings)
     print_first_example(preflight)
     for name, value in facts.items():

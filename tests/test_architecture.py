@@ -216,6 +216,8 @@ def test_only_named_errors_are_caught() -> None:
             caught = {item.id for item in ast.walk(node.type) if isinstance(item, ast.Name)} if node.type else {"bare"}
             if is_in(path, "utils/cli.py"):
                 caught -= {"Exception"}
+            if path.name == "tokenizer_files.py":
+                caught -= {"Exception"}  # the tokenizers library raises that class itself
             if path.name == "torch_generation.py":
                 caught -= {"BaseException"}  # handed to another thread and raised there
             if caught & {"bare", "Exception", "BaseException"}:
@@ -227,7 +229,8 @@ def test_what_runs_foreign_code_is_never_called() -> None:
     forbidden = re.compile(
         r"^(eval|exec|compile|__import__|os\.(system|popen|exec\w*|spawn\w*)|subprocess\.(getoutput|getstatusoutput)"
         r"|(c?[pP]ickle|dill|joblib|marshal)\.\w+|torch\.(load|hub\.\w+)|yaml\.(unsafe_|full_)?load(_all)?"
-        r"|yaml\.\w*UnsafeLoader|numpy\.load|np\.load)$"
+        r"|yaml\.\w*UnsafeLoader|numpy\.load|np\.load|shutil\.unpack_archive|(\w+\.)*(push_to_hub|upload_\w+|create_repo)"
+        r"|(jinja2\.)?(Environment|Template|NativeEnvironment|SandboxedEnvironment))$"
     )
     wrong = [f"{show(path, call)} {name}" for path, call, name in iterate_calls() if forbidden.match(name)]
     wrong += [
@@ -236,9 +239,24 @@ def test_what_runs_foreign_code_is_never_called() -> None:
         for keyword in call.keywords
         if keyword.arg == "shell" and ast.unparse(keyword.value) != "False"
     ]
-    imported = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve"}
+    imported = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "tarfile", "zipfile"}
     wrong += [f"{show(p, n)} {t}" for p in MODULES for n, t, _ in iterate_imports(p) if t.split(".")[0] in imported]
     assert wrong == []
+
+
+def test_every_load_says_whose_code_may_run() -> None:
+    # A flag that is left out is None in some libraries, and None is not False: CVE-2026-86169.
+    wrong, seen = [], 0
+    for path, call, name in iterate_calls():
+        owner, _, method = name.rpartition(".")
+        if method not in ("from_pretrained", "from_config") or owner.startswith(("Peft", "recipe", "torch_")):
+            continue
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        seen += 1
+        if given.get("trust_remote_code") not in ("False", "trusted", "recipe.model.trust_remote_code"):
+            wrong.append(f"{show(path, call)} {name}")
+    assert wrong == []
+    assert seen >= 6
 
 
 def check_budget(sizes: dict[str, int], budget: int, what: str) -> None:
@@ -422,6 +440,8 @@ def test_all_files_of_the_house_are_seen_by_these_tests() -> None:
 
 # Reached from the token path, but no token depends on them: messages, progress, downloads, and padding after the cache.
 BESIDE_THE_TOKENS = {
+    "utils.adapter_changes",
+    "utils.adapter_reader",
     "utils.adapter_source",
     "utils.backends.embedded_model",
     "utils.batching",
@@ -432,10 +452,13 @@ BESIDE_THE_TOKENS = {
     "utils.exceptions",
     "utils.hub",
     "utils.logging",
+    "utils.merge_plan",
     "utils.model_headers",
+    "utils.model_safety",
     "utils.model_source",
     "utils.problem_log",
     "utils.progress",
+    "utils.tensor_files",
 }
 
 

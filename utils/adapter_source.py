@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.exceptions import AdapterError, ModelLoadingError, RecipeError
-from utils.model_headers import read_header_bytes, read_json_object
-from utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelSource, iterate_tensor_shapes
+from utils.model_headers import read_json_object
+from utils.model_safety import check_links
+from utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelSource
 
 MAX_CONFIG_BYTES = 10_000_000
+# Keys of adapter_config.json with which a file has peft do more than put matrices on modules: what they do.
+FOREIGN_KEYS = {
+    "megatron_config": "makes peft import a module that the file names",
+    "corda_config": "makes peft read pickles that the file names",
+    "lora_ga_config": "makes peft read pickles that the file names",
+    "arrow_config": "makes peft load further adapters",
+    "layer_replication": "makes peft repeat layers of the base",
+}
+FACTOR_A = re.compile(r"\.lora_(embedding_)?A(\.|$)")
 PREFIX = "base_model.model."
-Shape = tuple[int, ...]
 
 
 def find_adapter(name: str, source: ModelSource, where: str) -> Path:
@@ -34,8 +44,10 @@ def find_adapter(name: str, source: ModelSource, where: str) -> Path:
         what = "trained all weights: name its model/ folder in model.name" if (asked / "model").is_dir() else ""
         fix = what or f"name a run folder that trained with a lora section, or a folder with {ADAPTER_CONFIG}"
         raise RecipeError(f"there is no adapter in {name!r}", where=where, fix=fix, code="no-adapter")
+    check_links(folder, AdapterError)
     check_files(folder, where)
     check_kind(folder, where)
+    check_base(folder, source, where)
     check_fit(folder, source, where)
     return folder
 
@@ -51,57 +63,141 @@ def check_files(folder: Path, where: str) -> None:
 
 def check_kind(folder: Path, where: str) -> None:
     """Folding needs LoRA on an unchanged base and an unchanged vocabulary."""
-    config = read_json_object(folder / ADAPTER_CONFIG, where, MAX_CONFIG_BYTES)
-    if config.get("peft_type") != "LORA":
-        message = f"the adapter is of the type {config.get('peft_type')!r}, and only LoRA can be folded into a base"
-        raise AdapterError(message, where=where, fix="name a LoRA adapter", code="adapter-kind")
-    if config.get("trainable_token_indices"):
+    if read_adapter_config(folder, where).get("trainable_token_indices"):
         message = "the adapter brings tokens of its own, which this recipe's tokenizer does not have"
         fix = "merge its run (scripts/merge.py), and name the merged folder in model.name"
         raise AdapterError(message, where=where, fix=fix, code="adapter-kind")
-    if isinstance(start := config.get("init_lora_weights"), str) and start not in ("gaussian", "eva", "orthogonal"):
+
+
+def read_adapter_config(folder: Path, where: str) -> dict[str, Any]:
+    """adapter_config.json, after a look at what peft would do with it: a stranger may have written it.
+
+    Raises:
+        AdapterError: not LoRA, a start that changes the base, a key that names code to import, or a rank beyond that of the
+            weights: peft makes the matrices of that rank before it reads a number.
+    """
+    try:
+        config = read_json_object(folder / ADAPTER_CONFIG, where, MAX_CONFIG_BYTES)
+    except ModelLoadingError as error:
+        raise AdapterError(
+            error.problems[0].message, where=where, fix="copy the folder again", code="damaged"
+        ) from error
+    if config.get("peft_type") != "LORA":
+        message = f"the adapter is of the type {config.get('peft_type')!r}, and only LoRA is read here"
+        raise AdapterError(message, where=where, fix="name a LoRA adapter", code="adapter-kind")
+    start = config.get("init_lora_weights")
+    if isinstance(start, list | dict) or (isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal")):
         message = f"the adapter was started by {start}, which changes the base, and was not converted when it was saved"
         fix = "save it with path_initial_model_for_weight_conversion, or train it with Tunebook"
+        raise AdapterError(message, where=where, fix=fix, code="adapter-kind")
+    if named := next((key for key in FOREIGN_KEYS if config.get(key)), None):
+        message = f"adapter_config.json sets {named}, which {FOREIGN_KEYS[named]}"
+        raise AdapterError(message, where=where, fix="use another copy of the adapter", code="adapter-kind")
+    check_numbers(config, where)
+    check_targets(config, where)
+    check_ranks(config, read_shapes(folder, where), where)
+    return config
+
+
+def read_pattern(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """What `rank_pattern` or `alpha_pattern` says: regular expression → number."""
+    pattern = config.get(name) or {}
+    if not isinstance(pattern, dict):
+        message = f"adapter_config.json says {name}: {pattern!r}, which is no table"
+        raise AdapterError(message, where=where, fix="use another copy of the adapter", code="adapter-kind")
+    return pattern
+
+
+def check_numbers(config: Mapping[str, Any], where: str) -> None:
+    """Every alpha is a finite number: the sum of base and adapter would be none."""
+    for alpha in (config.get("lora_alpha"), *read_pattern(config, "alpha_pattern", where).values()):
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            message = f"adapter_config.json says {alpha!r} where a number should stand (lora_alpha, alpha_pattern)"
+            raise AdapterError(message, where=where, fix="use another copy of the adapter", code="adapter-kind")
+
+
+def check_targets(config: Mapping[str, Any], where: str) -> None:
+    """Names of modules are lists of text, or one regular expression; patterns of ranks and alphas are expressions, too."""
+    patterns = [key for name in ("rank_pattern", "alpha_pattern") for key in read_pattern(config, name, where)]
+    for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_pattern"):
+        value = config.get(name)
+        patterns += [value] if isinstance(value, str) else []
+        is_names = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if value is not None and not isinstance(value, str) and not is_names:
+            message = f"adapter_config.json says {name}: {value!r}, which is no list of names"
+            raise AdapterError(message, where=where, fix="use another copy of the adapter", code="adapter-kind")
+    for pattern in patterns:
+        try:
+            re.compile(str(pattern))
+        except re.error as error:
+            message = f"adapter_config.json holds a broken regular expression, {pattern!r}: {error}"
+            raise AdapterError(
+                message, where=where, fix="use another copy of the adapter", code="adapter-kind"
+            ) from error
+
+
+def check_ranks(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """The ranks that adapter_config.json names are whole numbers, and none is above the largest in the weights."""
+    ranks = [config.get("r"), *read_pattern(config, "rank_pattern", where).values()]
+    largest = max((shape[0] for name, shape in shapes.items() if FACTOR_A.search(name) and shape), default=0)
+    for rank in ranks:
+        if type(rank) is not int or not 1 <= rank <= largest:
+            message = (
+                f"adapter_config.json names the rank {rank!r}, and the largest in the adapter's weights is {largest}"
+            )
+            raise AdapterError(message, where=where, fix="use another copy of the adapter", code="adapter-rank")
+
+
+def check_base(folder: Path, source: ModelSource, where: str) -> None:
+    """The adapter of a run goes on the base of that run: run.json knows its hash. Silent where either is not here.
+
+    Raises:
+        AdapterError: other weights, or a base that had an adapter folded in itself.
+    """
+    facts_file = folder.parent / "run.json"
+    if folder.name != "adapter" or not facts_file.is_file() or not source.list_weight_files():
+        return
+    facts = read_json_object(facts_file, where, MAX_CONFIG_BYTES)
+    if facts.get("model_hash") not in (None, source.hash_weights()):
+        message = f"the adapter was trained on other weights than those of {source.name}"
+        fix = f"name the base of {folder.parent} in model.name: its recipe.yaml says which"
+        raise AdapterError(message, where=where, fix=fix, code="adapter-mismatch")
+    if facts.get("adapter_hash"):
+        message = "the adapter was trained on a base that had another adapter folded in"
+        fix = "merge its run (scripts/merge.py), and name the merged folder in model.name"
         raise AdapterError(message, where=where, fix=fix, code="adapter-kind")
 
 
 def check_fit(folder: Path, source: ModelSource, where: str) -> None:
-    """Every adapted module exists in the base, with the same inputs and outputs; silent before the base is downloaded."""
-    base = dict(iterate_tensor_shapes(source))
-    if not base or "quantization_config" in source.config:  # packed weights have other shapes
+    """Every tensor of the adapter has its place in the base and its shape; silent before the base is downloaded.
+
+    What only the framework can tell is left to it: it has all the memory by then that the ranks ask for.
+    """
+    if not source.list_weight_files():
         return
-    for module, inputs, outputs in iterate_adapted_modules(read_shapes(folder, where)):
-        shape = find_shape(base, f"{module}.weight")
-        if shape is None or tuple(sorted(shape)) != tuple(sorted((inputs, outputs))):
-            found = f"has {' × '.join(map(str, shape))}" if shape else "is not there"
-            message = (
-                f"the adapter does not fit {source.name}: it adapts {module} ({outputs} × {inputs}), which {found}"
-            )
-            fix = "name the base model that the adapter was trained on in model.name"
-            raise AdapterError(message, where=where, fix=fix, code="adapter-mismatch")
+    from utils.adapter_changes import NeedsFramework
+    from utils.merge_plan import plan_merge
 
-
-def read_shapes(folder: Path, where: str) -> dict[str, Shape]:
-    """Name → shape of every tensor of an adapter, from the header of its file."""
-    path = folder / ADAPTER_WEIGHTS
     try:
-        header: dict[str, Any] = json.loads(read_header_bytes(path))
-        return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    except (ModelLoadingError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise AdapterError(
-            f"the adapter's weights are damaged: {path}", where=where, fix="copy the folder again", code="damaged"
-        ) from error
+        is_reward = read_adapter_config(folder, where).get("task_type") == "SEQ_CLS"
+        plan_merge(source, [folder], (), is_reward)
+    except NeedsFramework:
+        return
+    except AdapterError as error:
+        fix = "name the base model that the adapter was trained on in model.name"
+        raise AdapterError(error.problems[0].message, where=where, fix=fix, code="adapter-mismatch") from error
 
 
-def iterate_adapted_modules(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int, int]]:
-    """Yields (module, inputs, outputs) of every pair of A (rank × inputs) and B (outputs × rank)."""
-    for name, shape in shapes.items():
-        module, found, _ = name.partition(".lora_A.")
-        if found and (other := shapes.get(name.replace(".lora_A.", ".lora_B."))):
-            yield module.removeprefix(PREFIX), shape[-1], other[0]
+def read_shapes(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor of an adapter, from the checked header of its file."""
+    from utils.tensor_files import ITEM_BYTES, read_tensor_file
 
-
-def find_shape(base: Mapping[str, Shape], name: str) -> Shape | None:
-    """The base's tensor of a name; hub files may leave out the outer modules: `h.0.attn…` for `transformer.h.0.attn…`."""
-    parts = name.split(".")
-    return next((base[key] for start in range(len(parts)) if (key := ".".join(parts[start:])) in base), None)
+    try:
+        tensors = read_tensor_file(folder / ADAPTER_WEIGHTS).tensors
+    except ModelLoadingError as error:
+        message = f"the adapter's weights are damaged: {error.problems[0].message}"
+        raise AdapterError(message, where=where, fix="copy the folder again", code="damaged") from error
+    if odd := next((tensor for tensor in tensors if tensor.dtype not in ITEM_BYTES), None):
+        message = f"the adapter's weights are damaged: {odd.name} has the number format {odd.dtype}"
+        raise AdapterError(message, where=where, fix="copy the folder again", code="damaged")
+    return {tensor.name: tensor.shape for tensor in tensors}

@@ -13,10 +13,11 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from config.structured_config import GenerationSection
 from utils.exceptions import RecipeError, RunError, TunebookError
-from utils.logging import hide_secrets, set_up_logging
+from utils.logging import hide_in_values, hide_secrets, set_up_logging, show_bug, show_controls
 
 STARTED = time.time()  # seconds since the epoch; scripts import this module first, so it is the run's beginning
 # How a finished run answers; everything else is what was trained.
@@ -24,9 +25,17 @@ ANSWERING = ("generation", "evaluation.batch_size", "model.dtype", "data.system"
 INTERRUPTED = 128 + signal.SIGINT
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, which quotes what was typed: a token may be among it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage and the error, and ends the script with code 2."""
+        super().error(hide_secrets(message))
+
+
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser whose help shows the module's docstring as written, commands included."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +61,7 @@ def show_train_command(options: argparse.Namespace) -> str:
     words = ["python", "scripts/train.py", "--recipe", str(options.recipe)]
     for override in options.overrides:
         words += ["--set", override]
-    return shlex.join(words)
+    return hide_secrets(shlex.join(words))
 
 
 def add_run_argument(parser: argparse._ActionsContainer) -> None:
@@ -60,9 +69,16 @@ def add_run_argument(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder under outputs/ (default: the latest run)")
 
 
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--trust-remote-code` to scripts that open a run: its recipe alone cannot switch code on."""
+    text = "let Python code run that comes with the run's model, where its recipe asks for that"
+    parser.add_argument("--trust-remote-code", action="store_true", dest="trusts_code", help=text)
+
+
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Runs a script: loads `.env`, prints errors as lines with a fix, and exits with the documented code."""
     signal.signal(signal.SIGTERM, end_script)
+    sys.excepthook = show_bug
     try:
         load_environment()
         set_up_logging()
@@ -96,11 +112,11 @@ def load_environment() -> None:
 def report_error(error: TunebookError, *, as_json: bool) -> None:
     """Prints the problems: JSON for programs on stdout, lines for people on stderr."""
     if as_json:
-        text = json.dumps({"ok": False, "problems": [problem.to_json() for problem in error.problems]}, indent=2)
-        print(hide_secrets(text))
+        answer = {"ok": False, "problems": [problem.to_json() for problem in error.problems]}
+        print(json.dumps(hide_in_values(answer), indent=2))
         return
     for problem in error.problems:
-        print(hide_secrets(f"error: {problem}"), file=sys.stderr)
+        print(show_controls(hide_secrets(f"error: {problem}")), file=sys.stderr)
 
 
 def check_run_overrides(overrides: Sequence[str]) -> None:
@@ -142,8 +158,13 @@ def print_stream(pieces: Generator[str, None, None]) -> None:
     """Prints text as it arrives; Ctrl-C ends what makes it."""
     with closing(pieces):
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(show_piece(piece), end="", flush=True)
     print()
+
+
+def show_piece(piece: str) -> str:
+    """A piece of an answer; on a terminal, a model must not command it."""
+    return show_controls(piece) if sys.stdout.isatty() else piece
 
 
 def write_lines(lines: Sequence[str], target: Path | None) -> None:
@@ -182,7 +203,7 @@ def hold_conversation(stream: Callable[[list[dict[str, str]]], Iterable[str]]) -
         try:
             for piece in stream(messages):
                 pieces.append(piece)
-                print(piece, end="", flush=True)
+                print(show_piece(piece), end="", flush=True)
         except KeyboardInterrupt:
             pass
         except TunebookError as error:

@@ -21,6 +21,7 @@ from utils.text_files import is_text_file, iterate_text
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_SPLIT = re.compile(r"(?P<source>[\w.-]+/[\w.-]+)\[(?P<split>\w+)\]")  # as places of rows are written
 CHUNK = 1 << 20
+ROWS_PER_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ def find_sources(asked: str | DataSource | Sequence[str | DataSource], where: st
 
 def resolve_item(item: DataSource, where: str) -> list[RowSource]:
     """The sources that one entry names."""
+    if "://" in item.source:
+        text = f"{item.source} is an address, and rows are read from files and from datasets of the hub"
+        raise DataError(text, where=where, fix="download it, and name the file", code="address")
     path = Path(item.source)
     if not find_out(path.exists, where):
         if (named := HUB_SPLIT.fullmatch(item.source)) and is_hub_id(named["source"]):
@@ -165,12 +169,18 @@ def iterate_hub(source: RowSource) -> Iterator[Row | Problem]:
     from utils.table_files import make_table_row
 
     number = 0
-    rows = iter(open_hub(source))
+    rows = iterate_undecoded(open_hub(source))
     while (fields := read_next(source, rows)) is not None:
         number += 1
         yield make_table_row(fields, f"{source.name}:{number}")
     if not number:
         raise DataError("holds no rows", where=source.name, fix="choose another split", code="no-rows")
+
+
+def iterate_undecoded(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Yields rows as they are stored: decoding an image or a sound would open the path or address that the row names."""
+    for table in dataset.with_format("arrow").iter(batch_size=ROWS_PER_BATCH):
+        yield from table.to_pylist()
 
 
 def read_next(source: RowSource, rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:

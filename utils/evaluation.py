@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from config.recipe_rules import ON_ANSWERS, PAIR_METRICS
-from config.structured_config import MetricName, Recipe
+from config.structured_config import MetricName, ModelSection, Recipe
 from utils.backends import Backend
 from utils.examples import Example
 from utils.exceptions import DataError, TrainingError
@@ -27,7 +27,7 @@ from utils.metrics import (
     score_labels,
     score_preferences,
 )
-from utils.model_source import ModelSource
+from utils.model_source import ModelSource, find_model
 from utils.preflight import Preflight
 from utils.progress import Progress
 from utils.run_folder import RunFolder
@@ -124,7 +124,8 @@ def load_trained_model(backend: Backend, base: Any, recipe: Recipe, folder: RunF
     if folder.adapter.is_dir():
         adapted = backend.load_adapter(base, folder.adapter)
         return adapted if recipe.model.quantization != "none" else backend.merge_adapter(adapted)
-    return backend.load_model(ModelSource(str(folder.model), folder.model, {}), recipe)
+    whole = find_model(ModelSection(name=str(folder.model)), str(folder.path), with_weights=True)
+    return backend.load_model(whole, recipe)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from utils.exceptions import DataError, Problem
 
 CHUNK = 1 << 20  # bytes read at once
 LONGEST_LINE = 64 << 20  # bytes; whatever is longer was meant to be several lines
+# Text shrinks to a tenth, and repetitive rows to a fiftieth; a file that unpacks to more than this was made to fill a disk.
+MOST_UNPACKED = 200  # times its own size
+UNPACKED_BYTES = 64 << 20  # below, nobody counts
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -20,12 +23,19 @@ def iterate_chunks(path: Path) -> Iterator[bytes]:
     """Yields the bytes of a file, unpacked if it is gzipped, without a byte order mark.
 
     Raises:
-        DataError: the file cannot be read, is damaged, or is UTF-16.
+        DataError: the file cannot be read, is damaged, unpacks to a giant, or is UTF-16.
     """
-    is_first = True
+    is_first, unpacked = True, 0
     try:
+        limit = max(UNPACKED_BYTES, MOST_UNPACKED * path.stat().st_size)
         with open_bytes(path) as file:
             while chunk := file.read(CHUNK):
+                unpacked += len(chunk)
+                if unpacked > limit:
+                    text = f"unpacks to more than {MOST_UNPACKED} times its size"
+                    raise DataError(
+                        text, where=str(path), fix="unpack it yourself, if it is what you want", code="bomb"
+                    )
                 if is_first and chunk.startswith(UTF_16_MARKS):
                     raise DataError("is UTF-16 text", where=str(path), fix="save it as UTF-8", code="unreadable")
                 yield chunk.removeprefix(BYTE_ORDER_MARK) if is_first else chunk

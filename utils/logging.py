@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from utils.exceptions import MachineError
 
@@ -32,9 +36,16 @@ TELEMETRY_OFF = {
     "DO_NOT_TRACK": "1",  # the convention that several tools follow, huggingface_hub among them
     "WANDB_ERROR_REPORTING": "false",  # crash reports and usage metrics; the runs themselves go out only where a recipe asks
 }
-SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.IGNORECASE)
-SECRET_SHAPE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})\b")
+SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)", re.IGNORECASE)
+# Tokens of Hugging Face, OpenAI and Anthropic, Weights & Biases, GitHub, GitLab, Slack, AWS and Google; what follows «Bearer».
+SECRET_SHAPE = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|wandb_v\d_[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}"
+    r"|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}|xox[abprs]-[A-Za-z0-9-]{10,}|AKIA[A-Z0-9]{16}"
+    r"|AIza[A-Za-z0-9_-]{30,})\b|(?<=\bBearer )[A-Za-z0-9._~+/-]{16,}"
+)
+CREDENTIALS = re.compile(r"(?<=://)[^\s/@'\"<>]+(?=@)")  # of an address: `user:password` between `//` and `@`
 HIDDEN = "[hidden]"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line breaks: some of them command a terminal
 
 
 class SecretFormatter(logging.Formatter):
@@ -42,15 +53,46 @@ class SecretFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Called by logging for every line."""
-        return hide_secrets(super().format(record))
+        return show_controls(hide_secrets(super().format(record)))
 
 
 def hide_secrets(text: str) -> str:
-    """Text without the values of environment variables named like secrets, and without token-shaped words."""
-    values = {value for name, value in os.environ.items() if len(value) >= 8 and SECRET_NAME.search(name)}
-    for value in sorted(values, key=len, reverse=True):  # a short secret may be the beginning of a longer one
+    """Text without the values of environment variables named like secrets, token-shaped words, and credentials in addresses."""
+    for value in list_secrets():
         text = text.replace(value, HIDDEN)
-    return SECRET_SHAPE.sub(HIDDEN, text)
+    return CREDENTIALS.sub(HIDDEN, SECRET_SHAPE.sub(HIDDEN, text))
+
+
+def show_controls(text: str) -> str:
+    """Text in which control characters are written out: in a row or a template, they could command a reader's terminal."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def list_secrets() -> list[str]:
+    """Values of environment variables named like secrets, also as JSON, Python and YAML write them; the longest first.
+
+    A short secret may be the beginning of a longer one. `.env` has been read into the environment by then.
+    """
+    values = {value for name, value in os.environ.items() if len(value) >= 8 and SECRET_NAME.search(name)}
+    written = {
+        form for value in values for form in (json.dumps(value), json.dumps(value, ensure_ascii=False), repr(value))
+    }
+    written |= {f"'{value.replace(chr(39), chr(39) * 2)}'" for value in values}
+    return sorted(values | {form[1:-1] for form in written}, key=len, reverse=True)
+
+
+def hide_in_values(value: Any) -> Any:
+    """A copy of nested JSON values in which every text has its secrets hidden."""
+    if isinstance(value, str):
+        return hide_secrets(value)
+    if isinstance(value, dict):
+        return {key: hide_in_values(item) for key, item in value.items()}
+    return [hide_in_values(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints the traceback of a fault of ours as Python does, secrets hidden: `sys.excepthook` of every script."""
+    print(hide_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def get_logger() -> logging.Logger:

@@ -24,6 +24,7 @@ from utils.memory import show_bytes
 from utils.merge_checks import MergeCheck, check_merge
 from utils.merge_companions import plan_config, save_companions, save_config
 from utils.merge_plan import MergePlan, plan_copy, plan_merge
+from utils.model_safety import strip_code_keys
 from utils.model_source import ModelSource, read_config
 from utils.progress import Progress
 from utils.run_folder import RunFolder
@@ -168,6 +169,8 @@ def plan_streaming(run: Trained, base: BaseName) -> StreamedMerge:
     if not run.folder.adapter.is_dir():
         dtype = find_stored_dtype(source)
         config = read_config(run.folder.model, str(run.folder.model))
+        if not recipe.model.trust_remote_code:
+            config, _ = strip_code_keys(config)
         return StreamedMerge(plan_copy(run.folder.model, dtype), {**config, "dtype": dtype})
     added_ids: tuple[int, ...] = ()
     if recipe.data.added_tokens:

@@ -9,6 +9,7 @@ from pathlib import Path
 from config.recipe_io import LoadedRecipe
 from config.structured_config import ModelSection
 from utils.exceptions import ModelLoadingError, RecipeError
+from utils.model_shape import refuse_oversized
 from utils.model_source import ModelSource, check_weight_files, is_on_hub
 
 # `("llama", "LlamaConfig")` or `"gpt-sw3": "GPT2Config"`.
@@ -27,6 +28,7 @@ def check_model_files(loaded: LoadedRecipe, source: ModelSource) -> None:
     if is_on_hub(model.name):
         return
     check_weight_files(source)
+    refuse_oversized(source)
     if model.revision is not None:
         message = f"revision {model.revision!r} does nothing: {model.name} is not on a hub"
         raise RecipeError(message, where=loaded.find_origin("model.revision"), fix="remove it", code="no-revision")

@@ -20,6 +20,8 @@ def read_json_object(path: Path, where: str, max_bytes: int) -> dict[str, Any]:
     """Parses a JSON file of a model folder: these come from strangers, so their size is looked at first."""
     fix = "a model folder holds config.json, tokenizer.json and .safetensors files"
     try:
+        if not path.is_file():
+            raise ModelLoadingError(f"there is no {path}", where=where, fix=fix, code="no-config")
         if (size := path.stat().st_size) > max_bytes:
             raise ModelLoadingError(f"{path} has {size:,} bytes: too large", where=where, fix=fix, code="no-config")
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -72,5 +74,5 @@ def parse_header(content: bytes, path: Path) -> dict[str, tuple[tuple[int, ...],
     try:
         entries = {name: entry for name, entry in json.loads(content).items() if name != "__metadata__"}
         return {name: (tuple(entry["shape"]), int(entry["data_offsets"][1])) for name, entry in entries.items()}
-    except (ValueError, AttributeError, LookupError, TypeError) as error:
+    except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         raise ModelLoadingError("the safetensors header is damaged", where=str(path), code="damaged") from error

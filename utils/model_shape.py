@@ -12,7 +12,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from utils.exceptions import ModelLoadingError
 from utils.model_source import ModelSource, iterate_tensor_shapes
+
+# Ends of keys that are a width, a count or a size of one layer.
+WIDTHS = ("_size", "_dim", "_heads", "_embd", "_inner", "_positions", "_rank", "_experts")
 
 
 @dataclass(frozen=True)
@@ -274,3 +278,26 @@ def measure_shape(source: ModelSource) -> ModelShape | None:
     shape = read_shape(source.config)
     stored = sum(math.prod(sizes) for _, sizes in iterate_tensor_shapes(source))
     return replace(shape, parameters=stored) if shape and stored > 0.95 * shape.parameters else shape
+
+
+def refuse_oversized(source: ModelSource) -> None:
+    """Refuses a config.json that promises far more than the weight files hold, before anything of that size is made.
+
+    Called where the files are complete. Packed weights have fewer numbers than parameters, so they are left to their format.
+
+    Raises:
+        ModelLoadingError: more layers than tensors, a width beyond all numbers, or twice the parameters.
+    """
+    config, shapes = source.config, [sizes for _, sizes in iterate_tensor_shapes(source)]
+    stored = sum(math.prod(sizes) for sizes in shapes)
+    if not shapes or config.get("quantization_config"):
+        return
+    layers = read_number(config, "num_hidden_layers", "num_layers", "n_layer")
+    width = max((value for key, value in config.items() if key.endswith(WIDTHS) and type(value) is int), default=0)
+    shape = read_shape(config)
+    promised = max(shape.parameters if shape else 0, width)
+    if layers > len(shapes) or promised > 2 * stored:
+        what = f"{layers:,} layers" if layers > len(shapes) else f"{promised:,} parameters"
+        message = f"config.json promises {what}, and the weight files hold {len(shapes)} tensors of {stored:,} numbers"
+        fix = "use another copy of the model: config.json and weights must belong together"
+        raise ModelLoadingError(message, where=str(source.folder), fix=fix, code="bad-config")

@@ -14,6 +14,7 @@ from config.model_families import ModelFamily, find_family
 from config.structured_config import ModelSection
 from utils.exceptions import ModelLoadingError, RecipeError
 from utils.model_headers import LENGTH_BYTES, list_weight_names, parse_header, read_header_bytes, read_json_object
+from utils.model_safety import check_model_folder, strip_code_keys
 
 EMBEDDED_PREFIX = "embedded/"
 EMBEDDED_MODELS = {"smollm2-135m-instruct": "llama"}  # name → model_type, known before the first conversion
@@ -31,9 +32,10 @@ class ModelSource:
     Attributes:
         name: as the recipe says it.
         folder: holds config.json, the tokenizer and, once fetched, safetensors.
-        config: the parsed config.json.
+        config: the parsed config.json; without the keys that choose code, unless the recipe trusts the model's code.
         adapter: folder of a finished adapter that is folded into the weights when they are loaded.
         seed: of the weights of a new model, which are on no disk; None for all others.
+        ignored: names of the keys of config.json that choose code and were left out.
     """
 
     name: str
@@ -41,6 +43,7 @@ class ModelSource:
     config: dict[str, Any]
     adapter: Path | None = None
     seed: int | None = None
+    ignored: tuple[str, ...] = ()
 
     @property
     def model_type(self) -> str:
@@ -124,7 +127,7 @@ def find_model(
     else:
         fix = f"name a folder that exists, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or {DEFAULT_MODEL}"
         raise RecipeError(f"there is no model {model.name!r}", where=where, fix=fix, code="no-model")
-    source = ModelSource(model.name, folder, read_config(folder, where))
+    source = open_folder(model, folder, where)
     if with_weights:
         check_weight_files(source)
     if model.adapter is None:
@@ -132,6 +135,16 @@ def find_model(
     from utils.adapter_source import find_adapter
 
     return replace(source, adapter=find_adapter(model.adapter, source, adapter_where))
+
+
+def open_folder(model: ModelSection, folder: Path, where: str) -> ModelSource:
+    """What a model's folder holds, after a look at what it must not hold."""
+    check_model_folder(folder)
+    config = read_config(folder, where)
+    if model.trust_remote_code:
+        return ModelSource(model.name, folder, config)
+    kept, ignored = strip_code_keys(config)
+    return ModelSource(model.name, folder, kept, ignored=tuple(dict.fromkeys(ignored)))
 
 
 def is_on_hub(name: str) -> bool:

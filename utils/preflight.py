@@ -28,7 +28,7 @@ from utils.model_source import (
     list_linear_modules,
     list_modules,
 )
-from utils.preflight_checks import check_metrics, check_prompts, guess_chat_template
+from utils.preflight_checks import check_metrics, check_prompts, check_secrets, guess_chat_template
 from utils.prepared_data import PreparedData, describe_sources, hash_contents, iterate_held_out, prepare_data
 from utils.resources import Resources, plan_resources, summarise_resources
 from utils.row_checks import RowScan, scan_rows
@@ -102,6 +102,7 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     loaded = settle_dtype(loaded)
     recipe = loaded.recipe
     if run is None:  # a finished run is measured without the engine that trained it
+        check_secrets(loaded)
         check_engine(recipe.training.engine, loaded.find_origin("training.engine"))
     if recipe.scratch is not None:
         return check_new_model(loaded, run)

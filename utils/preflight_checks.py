@@ -5,8 +5,9 @@ from __future__ import annotations
 from config.model_families import ModelFamily
 from config.recipe_io import LoadedRecipe
 from config.recipe_rules import ON_ANSWERS
-from utils.exceptions import DataError
+from utils.exceptions import DataError, Problem, RecipeError
 from utils.hub import explain_errors, find_snapshot
+from utils.logging import hide_in_values
 from utils.methods.pairs import have_one_prompt
 from utils.model_source import is_on_hub
 from utils.prepared_data import PreparedData, iterate_held_out
@@ -20,6 +21,28 @@ def guess_chat_template(loaded: LoadedRecipe, family: ModelFamily | None) -> boo
         return None
     with explain_errors(model, loaded.find_origin("model.name")):
         return None if find_snapshot(model, with_weights=False, trust=True) else family.has_chat_template
+
+
+def check_secrets(loaded: LoadedRecipe) -> None:
+    """Refuses a recipe that holds a secret: the run folder keeps the recipe, and without the secret it would be another one.
+
+    Raises:
+        RecipeError: the value of a key is, or contains, a token, the value of a secret variable, or a password in an address.
+    """
+    problems = [
+        Problem(
+            "secret",
+            f"{section}.{key} holds what looks like a secret, and a run keeps its recipe",
+            loaded.find_origin(f"{section}.{key}"),
+            "take it out; tokens belong into the environment or into .env",
+        )
+        for section, values in loaded.recipe.model_dump(mode="json").items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if hide_in_values(value) != value
+    ]
+    if problems:
+        raise RecipeError.from_problems(problems)
 
 
 def check_metrics(loaded: LoadedRecipe, scan: RowScan) -> None:

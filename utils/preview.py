@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from utils.exceptions import Problem, RunError
+from utils.logging import hide_secrets, show_controls
 from utils.methods.pairs import has_answers, split_pair
 from utils.piece_encoder import EncodedExample
 from utils.preflight import Preflight
@@ -49,7 +50,7 @@ def highlight(example: EncodedExample, tokenizer: TokenizerUtils, *, color: bool
     for learned, group in groupby(
         zip(example.input_ids, example.loss_mask, strict=True), key=lambda pair: bool(pair[1])
     ):
-        text = tokenizer.tokenizer.decode([int(token) for token, _ in group])
+        text = show_controls(hide_secrets(tokenizer.tokenizer.decode([int(token) for token, _ in group])))
         parts.append(f"{start}{text}{end}" if learned else f"{before}{text}{after}")
     return "".join(parts)
 
@@ -57,7 +58,7 @@ def highlight(example: EncodedExample, tokenizer: TokenizerUtils, *, color: bool
 def print_warnings(problems: Sequence[Problem]) -> None:
     """Prints what is allowed but rarely meant."""
     for problem in problems:
-        print(f"warning: {problem}", file=sys.stderr)
+        print(show_controls(hide_secrets(f"warning: {problem}")), file=sys.stderr)
 
 
 def describe_example(example: EncodedExample, tokenizer: TokenizerUtils) -> dict[str, Any]:

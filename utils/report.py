@@ -11,6 +11,7 @@ from typing import Any
 from config.structured_config import MetricName
 from utils.evaluation import Evaluation, TextSample
 from utils.examples import Example
+from utils.logging import hide_in_values, hide_secrets
 from utils.metrics import BINARY, TITLES, format_change, format_value, give_verdict
 from utils.run_folder import RunFolder, write_text_atomically
 
@@ -34,7 +35,8 @@ def write_report(
         "samples": [describe_sample(evaluation, examples, index) for index in shown],
         "text": asdict(evaluation.text) if evaluation.text else None,
     }
-    write_text_atomically(folder.report_json, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(hide_in_values(document), indent=2, ensure_ascii=False)
+    write_text_atomically(folder.report_json, text + "\n")
     plot_comparison(evaluation, folder.path / "before_after.png")
     lines = [f"# Report: {recipe_name}", "", f"**{verdict}**", "", *format_table(evaluation), ""]
     lines += ["![before and after](before_after.png)", "", *format_levels(evaluation, examples)]
@@ -46,7 +48,7 @@ def write_report(
     if evaluation.text:
         lines += format_text(evaluation.text)
     lines += ["Intervals are 95 %: Wilson for shares, a paired bootstrap over the held-out rows for differences."]
-    write_text_atomically(folder.report_file, "\n".join(lines) + "\n")
+    write_text_atomically(folder.report_file, hide_secrets("\n".join(lines)) + "\n")
     return verdict
 
 

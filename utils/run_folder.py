@@ -8,14 +8,15 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from config.recipe_io import LoadedRecipe, format_resolved, load_recipe
 from utils.exceptions import RunError, TunebookError
-from utils.logging import NAME, add_log_file, get_logger, hide_secrets, remove_log_file
+from utils.logging import NAME, add_log_file, get_logger, hide_in_values, hide_secrets, remove_log_file
+from utils.model_safety import check_run_links
 from utils.model_source import ModelSource
 
 OUTPUTS = Path("outputs")
@@ -40,13 +41,13 @@ class RunFolder:
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         """Writes run.json in one piece."""
-        write_text_atomically(self.run_file, json.dumps(facts, indent=2, allow_nan=False) + "\n")
+        write_text_atomically(self.run_file, json.dumps(hide_in_values(facts), indent=2, allow_nan=False) + "\n")
 
     def read_facts(self) -> dict[str, Any]:
         """Reads run.json."""
         try:
             facts = json.loads(self.run_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"run.json cannot be read: {error}", where=str(self.path), code="no-run") from error
         if not isinstance(facts, dict):
             raise RunError("run.json is not a JSON object", where=str(self.path), code="no-run")
@@ -68,9 +69,22 @@ class RunFolder:
         """Steps that were not taken so far."""
         return len(read_lines(self.skipped_file))
 
-    def load_recipe(self) -> LoadedRecipe:
-        """The resolved recipe of this run."""
-        return load_recipe(self.recipe_file)
+    def load_recipe(self, overrides: Sequence[str] = (), *, trusts_code: bool = False) -> LoadedRecipe:
+        """The resolved recipe of this run.
+
+        Args:
+            trusts_code: the user's own word that code of the model may run. The recipe of a run cannot give it: a run folder is
+                handed about, and whoever wrote it chose both the model and this line.
+
+        Raises:
+            RunError: the recipe trusts code, and the user has not said so.
+        """
+        loaded = load_recipe(self.recipe_file, overrides)
+        if loaded.recipe.model.trust_remote_code and not trusts_code:
+            message = f"this run loads {loaded.recipe.model.name} with Python code that comes with it"
+            fix = "if you know that code, add --trust-remote-code"
+            raise RunError(message, where=loaded.find_origin("model.trust_remote_code"), fix=fix, code="trust")
+        return loaded
 
     def check_base(self, source: ModelSource) -> None:
         """Refuses a base that is not the one that the run was trained on; a run of an older version may not know.
@@ -117,12 +131,18 @@ class RunFolder:
         raise RunError(message, where=str(self.path), fix=fix, code="data-changed")
 
     def check_complete(self) -> None:
-        """Refuses a run that left no weights behind.
+        """Refuses a run that left no weights behind, or an adapter that must not be read: its base takes long to load.
 
         Raises:
             RunError: it failed or is still running.
+            AdapterError: the adapter is damaged, a pickle, or chooses code.
         """
-        if not self.adapter.is_dir() and not self.model.is_dir():
+        if self.adapter.is_dir():
+            from utils.adapter_source import check_files, read_adapter_config
+
+            check_files(self.adapter, str(self.adapter))
+            read_adapter_config(self.adapter, str(self.adapter))
+        elif not self.model.is_dir():
             status = self.read_facts().get("status", "unknown")
             fix = "choose another run with --run, or train again"
             raise RunError(
@@ -267,11 +287,12 @@ def find_run(asked: Path | None) -> RunFolder:
     if asked is None and not pointer.is_file():
         fix = "train first: python scripts/train.py --recipe recipes/smollm2_sql.yaml"
         raise RunError("there is no run yet", where=str(OUTPUTS), fix=fix, code="no-run")
-    path = asked or Path(pointer.read_text(encoding="utf-8").strip())
+    path = asked or Path(pointer.read_text(encoding="utf-8", errors="replace").strip())
     folder = RunFolder(path)
     if not folder.recipe_file.is_file() or not folder.run_file.is_file():
         fix = "name a folder that train.py made, or leave --run out for the latest one"
         raise RunError("this is not a run folder", where=str(path), fix=fix, code="no-run")
+    check_run_links(path)
     return folder
 
 

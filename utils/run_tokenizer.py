@@ -56,10 +56,13 @@ def open_run_tokenizer(loaded: LoadedRecipe, source: ModelSource, run: RunFolder
         message = "the saved chat template is not the one that the run was trained with"
         fix = f"restore {folder / 'chat_template.jinja'}, or train again"
         raise RunError(message, where=str(folder), fix=fix, code="template-changed")
+    if (strategy := facts.get("strategy")) not in ("chat", "standard"):
+        message = f"run.json says strategy: {strategy!r}, which is none"
+        raise RunError(message, where=str(run.run_file), fix="restore run.json, or train again", code="no-run")
     return TokenizerUtils(
         tokenizer,
         template=template,
-        strategy=facts["strategy"],
+        strategy=strategy,
         loss_on=choose_loss_on(loaded.recipe),
         system=data.system,
         keeps_ending=loaded.recipe.reward is not None,

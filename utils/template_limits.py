@@ -16,6 +16,8 @@ from typing import Any
 import jinja2
 
 MAX_SECONDS = 2.0
+SLOW = f"it runs for more than {MAX_SECONDS:.0f} seconds"
+MAX_STOPS = 1  # a template that was stopped more often is not begun again: a thousand rows would be an hour
 SUSPICIOUS_SECONDS = 0.02
 MAX_OUTPUT = 1_000_000
 OUTPUT_PER_INPUT = 16
@@ -68,6 +70,7 @@ class Limits:
 
     def __init__(self) -> None:
         self.suspicious = self.deadline = float("inf")
+        self.stops = 0
         self.written = 0
         self.allowed = MAX_OUTPUT
         self.given: Any = None
@@ -75,6 +78,8 @@ class Limits:
 
     def start(self, given: Any) -> None:
         """Begins a rendering; `given` is what the template sees."""
+        if self.stops > MAX_STOPS:
+            raise TemplateLimitError(SLOW)
         now = time.monotonic()
         self.suspicious, self.deadline = now + SUSPICIOUS_SECONDS, now + MAX_SECONDS
         self.written = 0
@@ -102,7 +107,8 @@ class Limits:
             self.memory.set()  # only here, because it costs as much as rendering a short conversation
             self.suspicious = float("inf")
         if now > self.deadline:
-            raise TemplateLimitError(f"it runs for more than {MAX_SECONDS:.0f} seconds")
+            self.stops += 1
+            raise TemplateLimitError(SLOW)
 
     def tick(self, items: Iterable[Any]) -> Iterator[Any]:
         """Passes the items of a loop on and looks at the clock for each."""

@@ -27,9 +27,16 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelLoadingError(f"the tokenizer cannot be read: {error}", where=str(folder)) from error
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        fix = "use another copy of the model's tokenizer.json and tokenizer_config.json"
+        reason = " ".join(str(error).split())[:300]
+        message = f"the tokenizer cannot be read: {reason}"
+        raise ModelLoadingError(message, where=str(folder), fix=fix, code="bad-tokenizer") from error
+    if not tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False):
+        fix = "use another copy of the model's tokenizer.json"
+        message = "the tokenizer has no vocabulary: every text would be empty"
+        raise ModelLoadingError(message, where=str(folder), fix=fix, code="bad-tokenizer")
     ensure_pad_token(tokenizer)
     return tokenizer
 

@@ -19,7 +19,7 @@ from utils.batching import pad_rows
 from utils.checkpoint import STATE, write_folder_atomically
 from utils.cli import STARTED
 from utils.evaluation import compute_mean_loss, continue_text, make_scorer, measure_losses
-from utils.logging import get_logger, hide_secrets
+from utils.logging import get_logger, hide_in_values, hide_secrets
 from utils.machine import inspect_machine
 from utils.methods.preference import ReferenceCache, measure_held_out, reference_pairs
 from utils.methods.sft import SftBatches
@@ -82,7 +82,8 @@ def run_training(run: PreparedRun) -> TrainingState:
     with RunRecord(run.folder, collect_facts(run)) as record:
         mark_latest(run.folder)
         log_start(run)
-        tracker = Tracker(run.loaded.recipe.tracking, run.folder.path, run.loaded.recipe.model_dump(mode="json"))
+        settings = hide_in_values(run.loaded.recipe.model_dump(mode="json"))
+        tracker = Tracker(run.loaded.recipe.tracking, run.folder.path, settings)
         try:
             state = train_with_engine(run, make_parts(run, tracker))
         finally:
@@ -248,6 +249,8 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
         "quantization": machine.quantization,
         "model_hash": run.preflight.source.hash_weights(),
         "adapter_hash": run.preflight.source.hash_adapter(),
+        "trust_remote_code": run.loaded.recipe.model.trust_remote_code,
+        "ignored_config_keys": list(run.preflight.source.ignored),
         "data_hash": contents["train"],
         "eval_hash": contents["eval"],
         "row_formats": run.preflight.scan.formats,

@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from config.structured_config import DataSource
 from utils.data_loading import Row
-from utils.data_sources import RowSource, explain_hub_error, find_sources, hash_source, iterate_rows
+from utils.data_sources import RowSource, explain_hub_error, find_sources, hash_source, iterate_rows, iterate_undecoded
 from utils.exceptions import DataError, Problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,7 +166,7 @@ def test_what_the_hub_refuses_becomes_a_line_with_a_way_out(text: str, code: str
 HUB_SCRIPT = """
 import json, sys
 from config.structured_config import DataSource
-from utils.data_sources import find_sources, hash_source, iterate_rows
+from utils.data_sources import find_sources, hash_source, iterate_rows, iterate_undecoded
 from utils.exceptions import DataError
 for name, split in (argument.split(":") for argument in sys.argv[1:]):
     (source,) = find_sources(DataSource(source=name, split=split), "recipe.yaml:4")
@@ -252,3 +252,24 @@ def test_a_split_of_a_hub_dataset_may_be_named_as_places_of_rows_are_written() -
     assert short.name == long.name == "lab/sums[test]"
     assert short.hub is not None
     assert (short.hub.source, short.hub.split) == ("lab/sums", "test")
+
+
+def test_what_a_row_of_a_hub_dataset_names_is_never_opened(tmp_path: Path) -> None:
+    # datasets decodes an image by opening the path or address that its row holds, whoever wrote it (as CVE-2025-61784).
+    from datasets import Dataset, Features, Image, Value
+
+    here = {"bytes": None, "path": str(tmp_path / "secret.png")}
+    there = {"bytes": None, "path": "http://127.0.0.1:9/x.png"}
+    features = Features({"picture": Image(), "text": Value("string")})
+    dataset = Dataset.from_dict({"picture": [here, there], "text": ["a", "b"]}, features=features)
+    with pytest.raises(FileNotFoundError):
+        dataset[0]
+    rows = list(iterate_undecoded(dataset))
+    assert rows == [{"picture": here, "text": "a"}, {"picture": there, "text": "b"}]
+    assert list(iterate_undecoded(dataset.to_iterable_dataset())) == rows
+
+
+def test_an_address_is_no_data_file() -> None:
+    with pytest.raises(DataError, match="is an address") as caught:
+        find_sources(["https://example.com/rows.jsonl", "s3://bucket/*.jsonl"], "r.yaml:3")
+    assert [problem.code for problem in caught.value.problems] == ["address", "address"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.logging import HIDDEN, NAME, add_log_file, get_logger, hide_secrets, remove_log_file
+from utils.logging import HIDDEN, NAME, add_log_file, get_logger, hide_in_values, hide_secrets, remove_log_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "correct-horse-battery"
@@ -79,10 +80,17 @@ def test_the_value_of_a_secret_variable_is_hidden_in_the_file(
     get_logger().warning("as it is: " + SECRET)
     text = log_file.read_text()
     assert SECRET not in text
-    assert f"https://user:{HIDDEN}@host/" in text
+    assert f"https://{HIDDEN}@host/" in text
 
 
-@pytest.mark.parametrize("token", ["hf_" + "aB3" * 10, "sk-" + "aB3" * 10, "sk-proj-" + "a_B-3" * 8])
+@pytest.mark.parametrize(
+    "token",
+    [
+        *("hf_" + "aB3" * 10, "sk-" + "aB3" * 10, "sk-proj-" + "a_B-3" * 8, "sk-ant-api03-" + "aB-3" * 8),
+        *("wandb_v1_" + "aB3" * 10, "ghp_" + "aB3" * 12, "github_pat_" + "aB3" * 12, "glpat-" + "aB3" * 7),
+        *("xoxb-" + "123-" * 5 + "aB3", "AKIA" + "A1B2" * 4, "AIza" + "aB3" * 12),
+    ],
+)
 def test_what_looks_like_a_token_is_hidden_without_any_variable(log_file: Path, token: str) -> None:
     get_logger().info("Login with %s failed (%s)", token, {"token": token})
     text = log_file.read_text()
@@ -161,3 +169,39 @@ def test_the_logger_has_the_projects_name() -> None:
 
 def test_what_bitsandbytes_says_at_every_8_bit_product_is_not_shown() -> None:
     assert not logging.getLogger("bitsandbytes.autograd._functions").isEnabledFor(logging.WARNING)
+
+
+def test_credentials_in_an_address_and_behind_bearer_are_hidden() -> None:
+    assert hide_secrets("GET https://me:pass@host/x failed") == f"GET https://{HIDDEN}@host/x failed"
+    assert hide_secrets("postgres://u@host and a@b.c") == f"postgres://{HIDDEN}@host and a@b.c"
+    assert hide_secrets("https://host/x?mail=a@b") == "https://host/x?mail=a@b"
+    assert hide_secrets("Authorization: Bearer abcdefghij0123456789") == f"Authorization: Bearer {HIDDEN}"
+
+
+def test_a_secret_is_hidden_however_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "p\\a\"s's\nwörd"
+    monkeypatch.setenv("MY_PASSWORD", secret)
+    for written in (secret, json.dumps(secret), json.dumps(secret, ensure_ascii=False), repr(secret)):
+        assert "rd" not in hide_secrets(f"<{written}>")
+    nested = {"a": [secret, {"b": (secret, 3)}], "c": None}
+    assert hide_in_values(nested) == {"a": [HIDDEN, {"b": [HIDDEN, 3]}], "c": None}
+
+
+def test_a_bug_of_ours_prints_its_traceback_without_secrets() -> None:
+    code = (
+        "import sys\nsys.path.insert(0, '.')\nfrom utils import cli\n"
+        "def main(arguments):\n    raise KeyError('the token is canary-in-a-token')\n"
+        "cli.run(main)\n"
+    )
+    environment = {**os.environ, "HF_TOKEN": "canary-in-a-token"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert f"KeyError: 'the token is {HIDDEN}'" in done.stderr
+    assert "canary" not in done.stderr + done.stdout
+
+
+def test_control_characters_are_written_out_and_tabs_and_lines_stay(log_file: Path) -> None:
+    get_logger().info("a\x1b[2Jb\tc\nd\x07\x9be")
+    assert "a\\x1b[2Jb\tc\nd\\x07\\x9be" in log_file.read_text()

@@ -59,10 +59,14 @@ def write_model(package: Path, target: Path) -> None:
     transformers_logging.disable_progress_bar()
     settings: dict[str, Any] = {"gguf_file": GGUF_NAME, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(
-        package, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **settings
+        package,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
+        **settings,
     )
     model.to(torch.bfloat16).save_pretrained(target)
-    AutoTokenizer.from_pretrained(package, **settings).save_pretrained(target)
+    AutoTokenizer.from_pretrained(package, trust_remote_code=False, **settings).save_pretrained(target)
     # The GGUF's own training name would show up in every error message.
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config.pop("_model_name_or_path", None)

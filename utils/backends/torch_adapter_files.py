@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from utils.adapter_source import read_adapter_config
 from utils.backends.torch_adapters import ADAPTER, limit_workers
 from utils.backends.torch_model import TorchModel
 from utils.exceptions import AdapterError
@@ -73,12 +74,13 @@ def read_adapter(network: nn.Module, folder: Path, device: str) -> PeftModel:
     peft alone only warns about what is missing, and says nothing about what is left over.
 
     Raises:
-        AdapterError: as `load_adapter`.
+        AdapterError: as `load_adapter`, or a configuration that makes peft run or read what a file names.
     """
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         fix = "name a run folder that finished training"
         raise AdapterError("there is no adapter", where=str(folder), fix=fix, code="no-adapter")
+    read_adapter_config(folder, str(folder))
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if config.task_type == "CAUSAL_LM" and not hasattr(network, "prepare_inputs_for_generation"):
@@ -86,8 +88,9 @@ def read_adapter(network: nn.Module, folder: Path, device: str) -> PeftModel:
         adapted = PeftModel.from_pretrained(network, str(folder), torch_device=device, config=config)
         with safe_open(path, framework="pt") as file:
             found = {*file.keys()}
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-        message = f"the adapter does not fit this model: {str(error).strip().splitlines()[0]}"
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OSError, SafetensorError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        message = f"the adapter does not fit this model: {lines[0]}"
         raise AdapterError(message, where=str(folder), code="adapter-mismatch") from error
     places = {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
     base = {f"base_model.model.{name}" for name in network.state_dict()}
@@ -118,5 +121,12 @@ def fold_adapter(network: nn.Module, source: ModelSource, device: str) -> nn.Mod
     if source.adapter is None:
         return network
     get_logger().info("model.adapter: %s is folded into the base; what is trained on it needs both", source.adapter)
-    merged: nn.Module = read_adapter(network, source.adapter, device).merge_and_unload(safe_merge=True)
+    adapted = read_adapter(network, source.adapter, device)
+    try:
+        merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # safe_merge looks for numbers that are not finite
+        message = "the adapter holds numbers that are not finite"
+        raise AdapterError(
+            message, where=str(source.adapter), fix="use another copy of it", code="not-finite"
+        ) from error
     return merged

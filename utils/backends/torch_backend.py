@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from config.structured_config import Recipe
@@ -45,7 +47,15 @@ from utils.device_manager import measure_peak_memory as measure_process_peak
 from utils.exceptions import MachineError, ModelLoadingError
 from utils.logging import get_logger
 from utils.machine import TOKEN_BUDGETS
-from utils.model_source import ModelSource
+from utils.model_safety import strip_code_keys
+from utils.model_shape import refuse_oversized
+from utils.model_source import ModelSource, read_config
+
+# What transformers raises on files that make no model; some of it are faults of a stranger's config, met deep in its code.
+LOADING_ERRORS = (
+    OSError, ValueError, LookupError, RuntimeError, ArithmeticError, TypeError, AttributeError, AssertionError,
+    SafetensorError, StrictDataclassError,
+)  # fmt: skip
 
 
 def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
@@ -97,9 +107,11 @@ def read_files(source: ModelSource, recipe: Recipe, plan: MachinePlan, device: s
     """A model as transformers reads it, and the names of its tensors that no file has."""
     quantization = recipe.model.to_quantization_config(plan.dtype_name)
     kind: Any = AutoModelForSequenceClassification if recipe.reward else AutoModelForCausalLM
+    refuse_oversized(source)
     try:
         network, loading = kind.from_pretrained(
             source.folder,
+            config=load_config(source, recipe),
             dtype=plan.dtype,
             # Left open, transformers takes fused attention where the architecture has it, and Gemma 2 has not.
             attn_implementation=None,
@@ -110,26 +122,46 @@ def read_files(source: ModelSource, recipe: Recipe, plan: MachinePlan, device: s
             # Left out, transformers takes a GPU wherever there is one, also when the run is meant for the CPU.
             device_map=None if quantization is None else {"": device},
             output_loading_info=True,
-            **({"num_labels": 1} if recipe.reward else {}),
+            ignore_mismatched_sizes=True,  # left to it, transformers says to look «at the above report», which is not shown
         )
     except ImportError as error:
         raise MachineError(str(error).strip().splitlines()[0], where="model", fix="run `make setup`") from error
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        ZeroDivisionError,
-        SafetensorError,
-        StrictDataclassError,
-    ) as error:
+    except LOADING_ERRORS as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         # transformers checks config.json field by field, and says on the second line what is wrong with one.
         text = " ".join(lines).replace("    ", " ") if isinstance(error, StrictDataclassError) else lines[0]
         fix = "use another copy of the model: config.json and weights must belong together"
         message = f"the model cannot be loaded: {text}"
         raise ModelLoadingError(message, where=str(source.folder), fix=fix) from error
+    if loading["mismatched_keys"]:
+        name, stored, wanted = min(
+            (str(name), tuple(stored), tuple(wanted)) for name, stored, wanted in loading["mismatched_keys"]
+        )
+        message = f"{name} has the shape {stored} in the files, and config.json asks for {wanted}"
+        fix = "use another copy of the model: config.json and weights must belong together"
+        raise ModelLoadingError(message, where=str(source.folder), fix=fix, code="bad-config")
     return network, {str(name) for name in loading["missing_keys"]}
+
+
+def load_config(source: ModelSource, recipe: Recipe) -> Any:
+    """The model's config as transformers reads it, but for the keys that choose code or files.
+
+    It is handed over as a file: AutoConfig knows more than the class of an architecture (which Mistral is a Ministral).
+    """
+    trusted = recipe.model.trust_remote_code
+    settings: dict[str, Any] = {"local_files_only": True, **({"num_labels": 1} if recipe.reward else {})}
+    if trusted:
+        get_logger().warning("model.trust_remote_code is true: Python code that comes with %s is run", source.name)
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=trusted, **settings)
+    kept, ignored = strip_code_keys(read_config(source.folder, str(source.folder)))
+    if ignored:
+        names = ", ".join(dict.fromkeys(ignored))
+        get_logger().info("config.json of %s chooses code or files, which is ignored: %s", source.name, names)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **settings)
+    config.name_or_path = str(source.folder)
+    return config
 
 
 def describe_machine(model: TorchModel) -> MachineFacts:

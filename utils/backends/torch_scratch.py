@@ -25,7 +25,10 @@ def build_network(config: dict[str, Any], seed: int) -> nn.Module:
     settings = {key: value for key, value in config.items() if key != "model_type"}
     with torch.random.fork_rng(devices=[]):  # transformers draws weights of its own, which are replaced below
         network: nn.Module = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(config["model_type"], **settings), attn_implementation="sdpa", dtype=torch.float32
+            AutoConfig.for_model(config["model_type"], **settings),
+            attn_implementation="sdpa",
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
     initialise_weights(network, network.config.num_hidden_layers, seed)
     return network
