@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -61,6 +61,7 @@ class StepRecorder(TrainerCallback):  # type: ignore[misc]  # a class of a libra
         self.kept = copy.deepcopy((vars(self.base.config), vars(self.base.generation_config)))
         self.random = torch.get_rng_state()
         self.started = self.seconds = 0.0
+        self.has_finite_losses = True
         self.counts = torch.zeros(0, 3, dtype=torch.long)
 
     def on_train_begin(self, *arguments: Any, **_: Any) -> None:
@@ -79,21 +80,14 @@ class StepRecorder(TrainerCallback):  # type: ignore[misc]  # a class of a libra
 
     def on_pre_optimizer_step(self, *arguments: Any, **_: Any) -> None:
         """Refuses numbers that are not finite while the weights are still good."""
-        if not are_finite(parameter.grad for parameter in self.model.network.parameters()):
-            self.refuse("a gradient is not finite")
+        has_finite_gradients = are_finite(parameter.grad for parameter in self.model.network.parameters())
+        if not (self.has_finite_losses and has_finite_gradients):
+            where, fix = (
+                f"step {self.state.step + 1}",
+                "lower training.learning_rate, or set engine: tunebook, which skips it",
+            )
+            raise TrainingError("a loss or gradient is not finite", where=where, fix=fix, code="not-finite")
         find_step(self.parts).silent.observe()
-
-    def refuse(self, message: str) -> NoReturn:
-        """Ends the run: the trainer knows no step that is left out.
-
-        Raises:
-            TrainingError: always.
-        """
-        where, fix = (
-            f"step {self.state.step + 1}",
-            "lower training.learning_rate, or set engine: tunebook, which skips it",
-        )
-        raise TrainingError(message, where=where, fix=fix, code="not-finite")
 
     def on_step_end(self, *arguments: Any, **_: Any) -> None:
         """Stops the clock."""
@@ -126,10 +120,9 @@ class FedTrainer:
         """TRL reports each run to its makers; ours leave the machine only where the recipe says so."""
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        """Refuses a loss that is not finite; its gradient may be."""
+        """Notes a loss that is not finite, for its gradient may be. Raising here would leave accelerate's state amid a step."""
         loss: torch.Tensor = super().training_step(*arguments, **options)  # type: ignore[misc]
-        if not bool(torch.isfinite(loss)):
-            self.recorder.refuse("a loss is not finite")
+        self.recorder.has_finite_losses &= bool(torch.isfinite(loss))
         return loss
 
     def get_train_dataloader(self) -> WindowLoader:
