@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils import cli
+from utils.logging import show_controls
 from utils.run_comparison import compare_runs
 from utils.run_folder import find_run
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"ok": True, "problems": [], **comparison.to_json()}, indent=2, allow_nan=False))
         return 0
     print(f"{options.first} → {options.second}")
-    print("\n".join(comparison.format()))
+    print(show_controls("\n".join(comparison.format())))
     return 0
 
 

@@ -18,6 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from config.recipe_io import locate_problems
 from utils import cli
+from utils.logging import show_controls
 from utils.run_folder import find_run
 
 DEFAULT_STEPS = 5
@@ -34,12 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Checks the inputs, takes the steps again, compares; returns the exit code."""
     parser = cli.make_parser(__doc__)
     cli.add_run_argument(parser)
+    cli.add_trust_argument(parser)
     parser.add_argument(
         "--steps", type=read_count, default=DEFAULT_STEPS, metavar="N", help=f"steps (default: {DEFAULT_STEPS})"
     )
     options = parser.parse_args(arguments)
     folder = find_run(options.run)
-    loaded, facts = folder.load_recipe(), folder.read_facts()
+    loaded, facts = folder.load_recipe(trusts_code=options.trusts_code), folder.read_facts()
 
     from utils.backends import load_backend
     from utils.machine import keep_threads
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = replay_steps(run, recorded)
     print("\n".join(format_steps(steps)))
     for change in changes:
-        print(f"differs: {change}")
+        print(show_controls(f"differs: {change}"))
     print(judge_replay(steps, changes, machine.dtype, str(folder.path)))
     return 0
 

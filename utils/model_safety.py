@@ -119,7 +119,8 @@ def check_run_links(run: Path) -> None:
     """Refuses a run folder with links that lead out of it.
 
     Raises:
-        RunError: there is one, among the run's own files or in its weights.
+        RunError: there is one, among the run's own files, its weights or its checkpoints.
     """
-    entries = [*run.iterdir(), *(path for name in ("adapter", "model") for path in (run / name).glob("*"))]
+    patterns = ("*", "adapter/*", "model/*", "checkpoints/*", "checkpoints/*/*")
+    entries = [path for pattern in patterns for path in run.glob(pattern)]
     check_links(run, RunError, entries)

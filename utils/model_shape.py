@@ -283,20 +283,21 @@ def measure_shape(source: ModelSource) -> ModelShape | None:
 def refuse_oversized(source: ModelSource) -> None:
     """Refuses a config.json that promises far more than the weight files hold, before anything of that size is made.
 
-    Called where the files are complete. Packed weights have fewer numbers than parameters, so they are left to their format.
+    Called where the files are complete. Quantised weights may stand packed, up to 16 parameters (of 2 bits) in a number.
 
     Raises:
-        ModelLoadingError: more layers than tensors, a width beyond all numbers, or twice the parameters.
+        ModelLoadingError: more layers than tensors, or far more parameters than numbers.
     """
     config, shapes = source.config, [sizes for _, sizes in iterate_tensor_shapes(source)]
     stored = sum(math.prod(sizes) for sizes in shapes)
-    if not shapes or config.get("quantization_config"):
+    if not shapes:
         return
+    slack = 2 * (16 if config.get("quantization_config") else 1)
     layers = read_number(config, "num_hidden_layers", "num_layers", "n_layer")
     width = max((value for key, value in config.items() if key.endswith(WIDTHS) and type(value) is int), default=0)
     shape = read_shape(config)
     promised = max(shape.parameters if shape else 0, width)
-    if layers > len(shapes) or promised > 2 * stored:
+    if layers > len(shapes) or promised > slack * stored:
         what = f"{layers:,} layers" if layers > len(shapes) else f"{promised:,} parameters"
         message = f"config.json promises {what}, and the weight files hold {len(shapes)} tensors of {stored:,} numbers"
         fix = "use another copy of the model: config.json and weights must belong together"

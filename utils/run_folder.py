@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -62,8 +63,18 @@ class RunFolder:
         append_line(self.skipped_file, row)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl."""
-        return read_lines(self.metrics_file)
+        """All rows of metrics.jsonl.
+
+        Raises:
+            RunError: a row holds something other than finite numbers, marks and nulls.
+        """
+        rows = read_lines(self.metrics_file)
+        for number, row in enumerate(rows, start=1):
+            if odd := next((name for name, value in row.items() if not is_metric(value)), None):
+                fix = "restore the file from a copy: the run wrote something else"
+                message = f"{odd} is no finite number"
+                raise RunError(message, where=f"{self.metrics_file}:{number}", fix=fix, code="no-run")
+        return rows
 
     def count_skipped_steps(self) -> int:
         """Steps that were not taken so far."""
@@ -198,6 +209,11 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     """Adds one line of strict JSON to a file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def is_metric(value: Any) -> bool:
+    """True for what a row of metrics.jsonl may hold; `append_metrics` writes nothing else."""
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from config.recipe_io import LoadedRecipe, load_recipe
-from utils.exceptions import RunError
+from utils.exceptions import AdapterError, RunError
 from utils.model_source import ModelSource
 from utils.run_folder import (
     OUTPUTS,
@@ -163,8 +163,11 @@ def test_a_run_without_weights_is_refused_with_its_status(folder: Path) -> None:
     run.write_facts({"status": "failed"})
     with pytest.raises(RunError, match="failed"):
         run.check_complete()
-    run.adapter.mkdir()
+    run.model.mkdir()
     run.check_complete()
+    run.adapter.mkdir()
+    with pytest.raises(AdapterError, match="no weights"):
+        run.check_complete()
 
 
 def test_a_file_is_replaced_in_one_step(folder: Path) -> None:
