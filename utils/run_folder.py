@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import platform
+import shlex
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -14,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from config.recipe_io import LoadedRecipe, format_resolved, load_recipe
+from utils.atomic_files import explain_disk_errors, flush, write_text_atomically
 from utils.exceptions import RunError, TunebookError
 from utils.logging import NAME, add_log_file, get_logger, hide_in_values, hide_secrets, remove_log_file
 from utils.model_safety import check_run_links
 from utils.model_source import ModelSource
+from utils.stop_signals import SignalExit
 
 OUTPUTS = Path("outputs")
 LATEST = "latest"
@@ -33,6 +37,7 @@ class RunFolder:
         self.run_file = path / "run.json"
         self.metrics_file = path / "metrics.jsonl"
         self.skipped_file = path / "skipped.jsonl"
+        self.line_files = (self.metrics_file, self.skipped_file)
         self.log_file = path / "log.txt"
         self.adapter = path / "adapter"
         self.model = path / "model"
@@ -68,6 +73,35 @@ class RunFolder:
     def count_skipped_steps(self) -> int:
         """Steps that were not taken so far."""
         return len(read_lines(self.skipped_file))
+
+    @property
+    def resume_command(self) -> str:
+        """What continues this run."""
+        return shlex.join(["python", "scripts/train.py", "--resume", str(self.path)])
+
+    def measure_lines(self) -> dict[str, int]:
+        """Bytes of each of `line_files`, once all of them are on the disk."""
+        sizes = {}
+        for path in self.line_files:
+            if path.exists():
+                flush(path)
+                sizes[path.name] = path.stat().st_size
+        return sizes
+
+    def cut_lines(self, sizes: Any) -> None:
+        """Takes back the lines that were written after `measure_lines`: their steps run again.
+
+        Raises:
+            RunError: a file has lost lines since.
+        """
+        for path in self.line_files:
+            size = sizes.get(path.name, 0) if isinstance(sizes, dict) else 0
+            found = path.stat().st_size if path.exists() else 0
+            if not isinstance(size, int) or not 0 <= size <= found:
+                message, fix = "lines are missing that were there at the checkpoint", "restore the file from a copy"
+                raise RunError(message, where=str(path), fix=fix, code="lines-lost")
+            if found > size:
+                os.truncate(path, size)
 
     def load_recipe(self, overrides: Sequence[str] = (), *, trusts_code: bool = False) -> LoadedRecipe:
         """The resolved recipe of this run.
@@ -167,13 +201,18 @@ class RunRecord:
         try:
             results = self.results if error is None else self.describe_failure(error)
             self.folder.write_facts({**self.facts, **results})
+        except OSError as problem:
+            if error is None:
+                raise
+            get_logger().warning("run.json cannot be written: %s", problem)  # what ended the run is more important
         finally:
             remove_log_file(self.log)
 
     def describe_failure(self, error: BaseException) -> dict[str, Any]:
         """What run.json says of a run that did not end by itself."""
+        status = "stopped" if isinstance(error, KeyboardInterrupt | SignalExit) else "failed"
         skipped = self.folder.count_skipped_steps()
-        return {"status": "failed", "error": self.log_error(error), "skipped_steps": skipped}
+        return {"status": status, "error": self.log_error(error), "skipped_steps": skipped}
 
     def log_error(self, error: BaseException) -> str:
         """Writes what ended the run into its log alone, for the terminal shows it anyway; a fault of ours with its traceback.
@@ -186,6 +225,8 @@ class RunRecord:
             text = str(error)
         elif isinstance(error, KeyboardInterrupt):
             text = "interrupted"
+        elif isinstance(error, SignalExit):
+            text = f"stopped by {signal.Signals(error.number).name}"
         elif isinstance(error, SystemExit):
             text = f"ended with exit code {error.code}"
         else:
@@ -224,13 +265,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that a reader or a kill never sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def create_run_folder(loaded: LoadedRecipe, asked: Path | None) -> RunFolder:
     """Creates the folder of a new run and writes the resolved recipe into it.
 
@@ -250,7 +284,8 @@ def create_run_folder(loaded: LoadedRecipe, asked: Path | None) -> RunFolder:
         message = f"the run folder cannot be created: {error.strerror}"
         raise RunError(message, where=str(path), fix="name another folder with --run", code="disk") from error
     folder = RunFolder(path)
-    folder.recipe_file.write_text(hide_secrets(format_resolved(loaded)), encoding="utf-8")
+    with explain_disk_errors(path, "free disk space, or name another folder with --run"):
+        write_text_atomically(folder.recipe_file, hide_secrets(format_resolved(loaded)))
     return folder
 
 

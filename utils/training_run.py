@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import math
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from config.recipe_io import LoadedRecipe, format_resolved
+from config.recipe_io import LoadedRecipe
 from utils import workload
+from utils.atomic_files import explain_disk_errors, write_folder_atomically
 from utils.backends import Backend, MachineFacts, TrainStep, load_engine
 from utils.batching import pad_rows
-from utils.checkpoint import STATE, write_folder_atomically
+from utils.checkpoint import NOT_PUBLISHED, Checkpoint
 from utils.cli import STARTED
 from utils.evaluation import compute_mean_loss, continue_text, make_scorer, measure_losses
-from utils.logging import get_logger, hide_in_values, hide_secrets
-from utils.machine import inspect_machine
+from utils.logging import get_logger, hide_in_values
+from utils.machine import count_cores, inspect_machine
 from utils.methods.preference import ReferenceCache, measure_held_out, reference_pairs
 from utils.methods.sft import SftBatches
 from utils.piece_encoder import EncodedExample
 from utils.preflight import Preflight
 from utils.prepared_data import hash_contents
 from utils.report import plot_loss
+from utils.resume import Resumption
 from utils.run_folder import RunFolder, RunRecord, collect_versions, find_git_state, mark_latest
+from utils.run_identity import RECIPE_FACTS, SAME, identify_inputs, identify_recipe, warn_about_changes
+from utils.run_lock import hold_run
 from utils.run_watch import Losses, PreferenceWatch, RunWatch
 from utils.tracking import Tracker
-from utils.training_loop import HeldOut, LoopParts, TrainingState, train
+from utils.training_loop import HeldOut, LoopParts, train
+from utils.training_state import TrainingState
 
 RESULTS = (
     "steps",
@@ -48,13 +56,20 @@ RESULTS = (
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """All that a run needs, checked and loaded."""
+    """All that a run needs, checked and loaded.
+
+    Attributes:
+        resumption: of a run that goes on.
+        checkpoint: that it goes on from; None begins with the first step.
+    """
 
     loaded: LoadedRecipe
     preflight: Preflight
     backend: Backend
     model: Any
     folder: RunFolder
+    resumption: Resumption | None = None
+    checkpoint: Checkpoint | None = None
 
 
 def choose_micro_batch_size(loaded: LoadedRecipe, preflight: Preflight, machine: MachineFacts) -> LoadedRecipe:
@@ -77,15 +92,18 @@ def run_training(run: PreparedRun) -> TrainingState:
 
     Raises:
         TrainingError: the numbers stopped being finite; run.json then says `failed`.
+        RunError: the disk is full or not writable; the last checkpoint is whole.
     """
-    run.folder.recipe_file.write_text(hide_secrets(format_resolved(run.loaded)), encoding="utf-8")
-    with RunRecord(run.folder, collect_facts(run)) as record:
+    facts, fix = collect_facts(run), f"free disk space, then: {run.folder.resume_command}"
+    on_disk = partial(explain_disk_errors, run.folder.path, fix)
+    lock = nullcontext() if run.resumption else hold_run(run.folder.path)  # a run that goes on is held already
+    with lock, on_disk(), RunRecord(run.folder, facts) as record, on_disk():
         mark_latest(run.folder)
-        log_start(run)
+        log_start(run, facts)
         settings = hide_in_values(run.loaded.recipe.model_dump(mode="json"))
-        tracker = Tracker(run.loaded.recipe.tracking, run.folder.path, settings)
+        tracker = Tracker(run.loaded.recipe.tracking, run.folder.path, settings, facts["tracking_id"], facts["resumes"])
         try:
-            state = train_with_engine(run, make_parts(run, tracker))
+            state = train_with_engine(run, make_parts(run, tracker, facts))
         finally:
             tracker.close()
         publish_weights(run, state)
@@ -105,8 +123,12 @@ def train_with_engine(run: PreparedRun, parts: LoopParts) -> TrainingState:
     return load_engine(recipe.training.engine)(run.model, recipe, run.preflight.tokenizer.tokenizer, parts)
 
 
-def make_parts(run: PreparedRun, tracker: Tracker) -> LoopParts:
-    """Wires the recipe's parts together for the loop."""
+def make_parts(run: PreparedRun, tracker: Tracker, facts: dict[str, Any]) -> LoopParts:
+    """Wires the recipe's parts together for the loop.
+
+    Args:
+        facts: of run.json.
+    """
     recipe, data, tokenizer = run.loaded.recipe, run.preflight.data, run.preflight.tokenizer.tokenizer
     micro_batch_size = recipe.training.micro_batch_size
     examples: Sequence[EncodedExample] = data.train
@@ -139,6 +161,8 @@ def make_parts(run: PreparedRun, tracker: Tracker) -> LoopParts:
         tracker=tracker,
         watch=make_watch(run, step, batches),
         rehearses=may_not_fit(run),
+        made_with={key: facts[key] for key in (*SAME, "code_hash", "versions")},
+        checkpoint=run.checkpoint,
     )
 
 
@@ -196,11 +220,13 @@ def prepare_pairs(run: PreparedRun) -> tuple[Sequence[EncodedExample], Callable[
     return training, evaluate
 
 
-def log_start(run: PreparedRun) -> None:
-    """Says what is about to happen, in numbers."""
+def log_start(run: PreparedRun, facts: dict[str, Any]) -> None:
+    """Says what is about to happen, in numbers, and what has changed since the run began."""
     logger, plan, data = get_logger(), run.preflight.plan, run.preflight.data
     trainable, total = run.backend.count_parameters(run.model)
     logger.info("Run folder: %s", run.folder.path)
+    if run.resumption:
+        warn_about_changes(run.resumption.facts, facts)
     logger.info("Trainable: %s of %s parameters (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
     logger.info(
         "%d training rows, %d held-out rows; %d steps, %d of warmup",
@@ -219,10 +245,12 @@ def publish_weights(run: PreparedRun, state: TrainingState) -> None:
 
     def copy(folder: Path) -> None:
         for path in source.iterdir():
-            if path.name != STATE:
+            if path.name not in NOT_PUBLISHED:
                 shutil.copy2(path, folder / path.name)
 
-    write_folder_atomically(target, copy)
+    # A run that a signal had stopped has published its weights of then.
+    fix = f"free disk space, then: {run.folder.resume_command}"
+    write_folder_atomically(target, copy, replaces=True, fix=fix)
     if best != state.step:
         get_logger().info("Kept the weights of step %d, the best on held-out rows", best)
 
@@ -232,9 +260,10 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
     machine = run.backend.describe_machine(run.model)
     trainable, total = run.backend.count_parameters(run.model)
     contents = hash_contents(run.preflight.data.hashes)
+    earlier = run.resumption.facts if run.resumption else {}
     return {
         "status": "running",
-        "recipe": run.loaded.name,
+        "recipe": earlier.get("recipe", run.loaded.name),
         "engine": run.loaded.recipe.training.engine,
         "device": machine.device,
         "device_name": machine.device_name,
@@ -247,19 +276,21 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
         "trainable_parameters": trainable,
         "parameters": total,
         "quantization": machine.quantization,
-        "model_hash": run.preflight.source.hash_weights(),
-        "adapter_hash": run.preflight.source.hash_adapter(),
         "trust_remote_code": run.loaded.recipe.model.trust_remote_code,
         "ignored_config_keys": list(run.preflight.source.ignored),
         "data_hash": contents["train"],
         "eval_hash": contents["eval"],
         "row_formats": run.preflight.scan.formats,
         "strategy": run.preflight.tokenizer.strategy,
-        "template": run.preflight.tokenizer.template.name,
-        "template_hash": run.preflight.tokenizer.template.hash,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(STARTED)),
+        **identify_inputs(run.preflight),
+        "workers": machine.workers,
+        "cores": count_cores(),
+        "started": earlier.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(STARTED)),
+        "resumes": earlier.get("resumes", 0) + 1 if run.resumption else 0,
+        "tracking_id": earlier.get("tracking_id") or secrets.token_hex(4),
         "versions": collect_versions(run.loaded.recipe.training.engine),
         "git": find_git_state(),
+        **({key: earlier[key] for key in RECIPE_FACTS} if run.resumption else identify_recipe(run.loaded)),
     }
 
 
@@ -275,7 +306,7 @@ def summarise(run: PreparedRun, state: TrainingState) -> dict[str, Any]:
         )
     return {
         "status": "stopped" if state.signal_number is not None else "finished",
-        "stop_reason": state.stop_reason,
+        "stop_reason": f"stopped by {state.signals.name}" if state.signals.name else state.stop_reason,
         "halvings": state.halvings,
         "skipped_steps": skipped,
         "steps": state.step,
@@ -289,5 +320,5 @@ def summarise(run: PreparedRun, state: TrainingState) -> dict[str, Any]:
         "eval_loss": state.eval_loss,
         "best_step": state.best_step,
         "best_eval_loss": state.best_loss if math.isfinite(state.best_loss) else None,
-        "seconds": time.time() - STARTED,
+        "seconds": state.elapsed_s,
     }

@@ -106,7 +106,7 @@ def test_a_parent_that_is_a_file_is_a_run_error(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from utils.checkpoint import write_folder_atomically
+from utils.atomic_files import write_folder_atomically
 
 def write(folder):
     (folder / "nested").mkdir()
