@@ -54,6 +54,7 @@ def train(loaded: LoadedRecipe, target: Path | None, resumption: Resumption | No
     """Trains a recipe into a new folder, or the rest of a run; returns the exit code."""
     # Imported behind the recipe check, so that a typo is answered before numpy and tokenizers are loaded.
     from utils.backends import load_backend
+    from utils.machine import keep_threads
     from utils.preflight import check_recipe
     from utils.preview import print_first_example, print_warnings
     from utils.seed_manager import SeedManager
@@ -71,7 +72,7 @@ def train(loaded: LoadedRecipe, target: Path | None, resumption: Resumption | No
     checkpoint = resumption.find_checkpoint(preflight) if resumption else None
     backend = load_backend(loaded.recipe.backend)
     SeedManager(loaded.recipe.seed, deterministic=loaded.recipe.deterministic).seed_everything()
-    with locate_problems(loaded):
+    with locate_problems(loaded), keep_threads(resumption.facts["threads"] if resumption else None):
         model = backend.attach_lora(backend.load_model(source, loaded.recipe), loaded.recipe)
     loaded = choose_micro_batch_size(loaded, preflight, backend.describe_machine(model))
     folder = resumption.folder if resumption else create_run_folder(loaded, target)

@@ -62,14 +62,23 @@ def write_tiny_recipe(folder: Path, model: Path, changes: dict[str, Any] | None 
         "data": {"train": str(folder / "rows.jsonl"), "eval_fraction": 0.2, "max_length": 64},
         "lora": {"r": 2, "alpha": 4},
         "training": {
-            **{"method": "sft", "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2, "max_steps": 8},
-            **{"eval_every": 2, "save_every": 1, "keep_checkpoints": 2, "small_data": "off"},
+            "method": "sft",
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "learning_rate": 1e-2,
+            "max_steps": 8,
+            "eval_every": 2,
+            "save_every": 1,
+            "keep_checkpoints": 2,
+            "small_data": "off",
         },
     }
     for key, value in (changes or {}).items():
         section, _, name = key.partition(".")
-        if not name:
+        if value is None:
             recipe.pop(section)
+        elif not name:
+            recipe[section] = value
         else:
             recipe.setdefault(section, {})[name] = value
     path = folder / "tiny.yaml"

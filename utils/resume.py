@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from utils.preflight import Preflight
 
 # Facts that `--resume` reads, with the type that each must have.
-NEEDED = {"settings": dict, "automatic": list, "sources": dict, "template_source": str, "versions": dict, "recipe": str}
+NEEDED = {
+    "settings": dict,
+    "automatic": list,
+    "sources": dict,
+    "template_source": str,
+    "versions": dict,
+    "recipe": str,
+    "dtype": str,
+    "threads": int,
+}
 
 
 @dataclass(frozen=True)
@@ -86,4 +95,6 @@ def open_resumption(folder: RunFolder, asked: LoadedRecipe | None) -> Resumption
     check_recipe_is_same(facts, loaded, "put it back: a run goes on with the recipe that it began with")
     if asked is not None:
         check_recipe_is_same(facts, asked, "leave --recipe and --set out, or train anew without --resume")
+    if loaded.recipe.model.dtype == "auto":  # which is quicker is timed, and decides the rounding
+        loaded = loaded.with_automatic_value("model.dtype", facts["dtype"], "as when the run began")
     return Resumption(folder, loaded, facts)

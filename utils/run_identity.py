@@ -25,7 +25,7 @@ MAY_DIFFER = {
     "device": "device",
     "device_name": "hardware",
     "dtype": "number format",
-    "workers": "workers",
+    "threads": "threads",
     "cores": "cores",
 }
 SHOWN_LINES = 6

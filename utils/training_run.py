@@ -284,6 +284,7 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
         "strategy": run.preflight.tokenizer.strategy,
         **identify_inputs(run.preflight),
         "workers": machine.workers,
+        "threads": machine.threads,
         "cores": count_cores(),
         "started": earlier.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(STARTED)),
         "resumes": earlier.get("resumes", 0) + 1 if run.resumption else 0,
