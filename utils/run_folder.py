@@ -324,7 +324,12 @@ def find_run(asked: Path | None) -> RunFolder:
         raise RunError("there is no run yet", where=str(OUTPUTS), fix=fix, code="no-run")
     path = asked or Path(pointer.read_text(encoding="utf-8", errors="replace").strip())
     folder = RunFolder(path)
-    if not folder.recipe_file.is_file() or not folder.run_file.is_file():
+    try:
+        is_run = folder.recipe_file.is_file() and folder.run_file.is_file()
+    except OSError as error:
+        message, fix = f"the run folder cannot be read: {error.strerror}", "make it readable, or copy it elsewhere"
+        raise RunError(message, where=str(path), fix=fix, code="disk") from error
+    if not is_run:
         fix = "name a folder that train.py made, or leave --run out for the latest one"
         raise RunError("this is not a run folder", where=str(path), fix=fix, code="no-run")
     check_run_links(path)

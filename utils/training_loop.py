@@ -79,7 +79,7 @@ def train(parts: LoopParts) -> TrainingState:
     Raises:
         TrainingError: several losses or gradients in a row are not finite; the last good weights are on disk.
     """
-    state = restore(parts, parts.checkpoint) if parts.checkpoint else TrainingState()
+    state = restore(parts, parts.checkpoint) if parts.checkpoint else begin(parts)
     total = parts.plan.total_steps
     with state.signals.listen():
         if parts.rehearses and not state.step:
@@ -95,6 +95,12 @@ def train(parts: LoopParts) -> TrainingState:
                 follow_up_step(parts, state, progress)
         finish_run(parts, state)
     return state
+
+
+def begin(parts: LoopParts) -> TrainingState:
+    """The state before the first step; lines of a process that was killed before its first checkpoint are taken back."""
+    parts.folder.cut_lines({})
+    return TrainingState()
 
 
 def restore(parts: LoopParts, checkpoint: Checkpoint) -> TrainingState:
