@@ -64,7 +64,9 @@ def watch_disk(folder: str, count: Callable[[], None]) -> None:
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         writes = event == "open" and isinstance(arguments[1], str) and any(letter in arguments[1] for letter in "wax+")
-        if (writes or event in DISK_CHANGES) and folder in str(arguments[0]):
+        # A tree is removed name by name, relative to its folders, which are open.
+        is_in_tree = event in ("os.remove", "os.rmdir") and arguments[1] != -1
+        if is_in_tree or ((writes or event in DISK_CHANGES) and folder in str(arguments[0])):
             count()
 
     flush = os.fsync

@@ -134,9 +134,7 @@ def test_a_signal_saves_at_once_and_the_run_goes_on_as_if_it_had_never_stopped(
 ) -> None:
     run = runs.folder / f"signal_{function}"
     number = {"_accumulate": signal.SIGUSR1, "evaluate": signal.SIGTERM, "save_weights": signal.SIGINT}[function]
-    done = runs.train(
-        *("--recipe", whole.parent / "tiny.yaml", "--run", run), moment=at_call(function, 2, int(number))
-    )
+    done = runs.train(*("--recipe", whole.parent / "tiny.yaml", "--run", run), moment=at_call(function, 2, int(number)))
     assert done.code == 128 + number, done.text
     assert f"python scripts/train.py --resume {run}" in done.text
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
@@ -185,7 +183,9 @@ def test_a_run_that_is_killed_at_one_moment_after_the_other_of_its_saves_loses_n
 
 def test_what_a_run_began_with_must_not_change(runs: Runs, whole: Path, stopped: Path) -> None:
     recipe, folder = whole.parent / "tiny.yaml", whole.parent
-    done = runs.train("--resume", stopped, "--recipe", recipe, "--set", "training.learning_rate=0.002", "--set", "seed=1")
+    done = runs.train(
+        "--resume", stopped, "--recipe", recipe, "--set", "training.learning_rate=0.002", "--set", "seed=1"
+    )
     assert done.code == 5
     assert "training.learning_rate: 0.01 in the run, 0.002 now" in done.text
     assert "seed: 42 in the run, 1 now" in done.text
@@ -291,7 +291,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of half a megabyte."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k,mode=777", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=500k,mode=777", "tmpfs", str(disk)], capture_output=True
+    )
     if mounted.returncode != 0:
         pytest.skip(f"no disk can be mounted here: {mounted.stderr.decode().strip()}")
     yield disk
