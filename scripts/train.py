@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which.add_argument("--run", type=Path, metavar="DIR", help="folder to create (default: outputs/<recipe>/<time>)")
     what = "go on with a run that was ended (default: the latest)"
     which.add_argument("--resume", nargs="?", type=Path, const=OUTPUTS / LATEST, metavar="RUN", help=what)
+    cli.add_trust_argument(parser)
     options = parser.parse_args(arguments)
     if options.resume is None:
         if options.recipe is None:
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = find_run(None if options.resume == OUTPUTS / LATEST else options.resume)
     with hold_run(folder.path):
         named = options.recipe or (folder.recipe_file if options.overrides else None)
-        resumption = open_resumption(folder, load_recipe(named, options.overrides) if named else None)
+        asked = load_recipe(named, options.overrides) if named else None
+        resumption = open_resumption(folder, asked, trusts_code=options.trusts_code)
         return train(resumption.loaded, None, resumption)
 
 

@@ -128,6 +128,8 @@ def read_checkpoint(folder: Path, made_with: dict[str, Any]) -> Checkpoint | str
     Returns:
         The checkpoint, or what is wrong with it, in words.
     """
+    if folder.is_symlink():
+        return "it is a link"
     if damage := find_damage(folder):
         return damage
     try:

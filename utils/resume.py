@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from config.recipe_io import LoadedRecipe, load_recipe
+from config.recipe_io import LoadedRecipe
 from utils.atomic_files import remove_unfinished
 from utils.checkpoint import Checkpoint, find_checkpoint
 from utils.exceptions import RunError
@@ -72,11 +72,12 @@ class Resumption:
         return found
 
 
-def open_resumption(folder: RunFolder, asked: LoadedRecipe | None) -> Resumption:
+def open_resumption(folder: RunFolder, asked: LoadedRecipe | None, *, trusts_code: bool = False) -> Resumption:
     """Checks what can be known of a run without reading its rows.
 
     Args:
         asked: the recipe that the user names beside the run, which must be the run's own.
+        trusts_code: as in `RunFolder.load_recipe`.
 
     Raises:
         RunError: it is finished, was made by another engine or version, or its recipe is another one.
@@ -91,7 +92,7 @@ def open_resumption(folder: RunFolder, asked: LoadedRecipe | None) -> Resumption
     if not all(isinstance(facts.get(key), kind) for key, kind in NEEDED.items()):
         message = "run.json lacks what this version needs to go on: the run is of an older one, or the file is damaged"
         raise RunError(message, where=str(folder.run_file), fix="train again", code="old-run")
-    loaded = load_recipe(folder.recipe_file)
+    loaded = folder.load_recipe(trusts_code=trusts_code)
     check_recipe_is_same(facts, loaded, "put it back: a run goes on with the recipe that it began with")
     if asked is not None:
         check_recipe_is_same(facts, asked, "leave --recipe and --set out, or train anew without --resume")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from config.recipe_io import LoadedRecipe
 from utils.cache_keys import hash_project
 from utils.exceptions import Problem, RunError
-from utils.logging import get_logger, hide_secrets
+from utils.logging import get_logger, hide_in_values
 
 if TYPE_CHECKING:
     from utils.preflight import Preflight
@@ -33,7 +33,7 @@ SHOWN_LINES = 6
 
 def list_settings(loaded: LoadedRecipe) -> dict[str, Any]:
     """All values of a recipe as they may be written down; a secret in one is hidden."""
-    settings: dict[str, Any] = json.loads(hide_secrets(json.dumps(loaded.recipe.model_dump(mode="json"))))
+    settings: dict[str, Any] = hide_in_values(loaded.recipe.model_dump(mode="json"))
     return settings
 
 

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,8 @@ def run_training(run: PreparedRun) -> TrainingState:
         settings = hide_in_values(run.loaded.recipe.model_dump(mode="json"))
         tracker = Tracker(run.loaded.recipe.tracking, run.folder.path, settings, facts["tracking_id"], facts["resumes"])
         try:
-            state = train_with_engine(run, make_parts(run, tracker, facts))
+            made_with = {key: facts[key] for key in (*SAME, "code_hash", "versions")}
+            state = train_with_engine(run, replace(make_parts(run, tracker), made_with=made_with))
         finally:
             tracker.close()
         publish_weights(run, state)
@@ -123,12 +124,8 @@ def train_with_engine(run: PreparedRun, parts: LoopParts) -> TrainingState:
     return load_engine(recipe.training.engine)(run.model, recipe, run.preflight.tokenizer.tokenizer, parts)
 
 
-def make_parts(run: PreparedRun, tracker: Tracker, facts: dict[str, Any]) -> LoopParts:
-    """Wires the recipe's parts together for the loop.
-
-    Args:
-        facts: of run.json.
-    """
+def make_parts(run: PreparedRun, tracker: Tracker) -> LoopParts:
+    """Wires the recipe's parts together for the loop."""
     recipe, data, tokenizer = run.loaded.recipe, run.preflight.data, run.preflight.tokenizer.tokenizer
     micro_batch_size = recipe.training.micro_batch_size
     examples: Sequence[EncodedExample] = data.train
@@ -161,7 +158,6 @@ def make_parts(run: PreparedRun, tracker: Tracker, facts: dict[str, Any]) -> Loo
         tracker=tracker,
         watch=make_watch(run, step, batches),
         rehearses=may_not_fit(run),
-        made_with={key: facts[key] for key in (*SAME, "code_hash", "versions")},
         checkpoint=run.checkpoint,
     )
 
@@ -284,7 +280,6 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
         "strategy": run.preflight.tokenizer.strategy,
         **identify_inputs(run.preflight),
         "workers": machine.workers,
-        "threads": machine.threads,
         "cores": count_cores(),
         "started": earlier.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(STARTED)),
         "resumes": earlier.get("resumes", 0) + 1 if run.resumption else 0,
