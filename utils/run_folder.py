@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import shlex
-import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -17,11 +15,11 @@ from typing import Any
 
 from config.recipe_io import LoadedRecipe, format_resolved, load_recipe
 from utils.atomic_files import explain_disk_errors, flush, write_text_atomically
-from utils.exceptions import RunError, TunebookError
-from utils.logging import NAME, add_log_file, get_logger, hide_in_values, hide_secrets, remove_log_file
+from utils.exceptions import RunError
+from utils.json_lines import append_line, read_lines
+from utils.logging import hide_in_values, hide_secrets
 from utils.model_safety import check_run_links
 from utils.model_source import ModelSource
-from utils.stop_signals import SignalExit
 
 OUTPUTS = Path("outputs")
 LATEST = "latest"
@@ -182,87 +180,6 @@ class RunFolder:
             raise RunError(
                 f"this run has no trained weights (status: {status})", where=str(self.path), fix=fix, code="no-run"
             )
-
-
-class RunRecord:
-    """Keeps run.json and log.txt true while a run lasts, and at its end, whatever ended it."""
-
-    def __init__(self, folder: RunFolder, facts: dict[str, Any]) -> None:
-        """Takes what is known before the first step; `results` are added to it when the run ends by itself."""
-        self.folder, self.facts = folder, facts
-        self.results: dict[str, Any] = {}
-
-    def __enter__(self) -> RunRecord:
-        self.folder.write_facts(self.facts)
-        self.log = add_log_file(self.folder.log_file)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
-            results = self.results if error is None else self.describe_failure(error)
-            self.folder.write_facts({**self.facts, **results})
-        except OSError as problem:
-            if error is None:
-                raise
-            get_logger().warning("run.json cannot be written: %s", problem)  # what ended the run is more important
-        finally:
-            remove_log_file(self.log)
-
-    def describe_failure(self, error: BaseException) -> dict[str, Any]:
-        """What run.json says of a run that did not end by itself."""
-        status = "stopped" if isinstance(error, KeyboardInterrupt | SignalExit) else "failed"
-        skipped = self.folder.count_skipped_steps()
-        return {"status": status, "error": self.log_error(error), "skipped_steps": skipped}
-
-    def log_error(self, error: BaseException) -> str:
-        """Writes what ended the run into its log alone, for the terminal shows it anyway; a fault of ours with its traceback.
-
-        Returns:
-            The error in words.
-        """
-        text, trace = f"{type(error).__name__}: {error}", None
-        if isinstance(error, TunebookError):
-            text = str(error)
-        elif isinstance(error, KeyboardInterrupt):
-            text = "interrupted"
-        elif isinstance(error, SignalExit):
-            text = f"stopped by {signal.Signals(error.number).name}"
-        elif isinstance(error, SystemExit):
-            text = f"ended with exit code {error.code}"
-        else:
-            trace = (type(error), error, error.__traceback__)
-        self.log.handle(get_logger().makeRecord(NAME, logging.ERROR, __file__, 0, text, (), trace))
-        return hide_secrets(text)
-
-
-def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Adds one line of strict JSON to a file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file that `append_line` wrote; none where there is no file. Half a last line, left by a kill, is no row.
-
-    Raises:
-        RunError: a line is no JSON object with a step.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"cannot be read: {error}", where=str(path), code="no-run") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            fix = "restore the file from a copy: the run wrote something else"
-            message = "is no JSON object with a step"
-            raise RunError(message, where=f"{path}:{number}", fix=fix, code="no-run")
-        rows.append(row)
-    return rows
 
 
 def create_run_folder(loaded: LoadedRecipe, asked: Path | None) -> RunFolder:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from config.structured_config import TrainingSection
 from utils.backends import StepResult, TrainStep
 from utils.batching import Batch, halve_batches
-from utils.checkpoint import Checkpoint, rotate_checkpoints, save_checkpoint
+from utils.checkpoint import Checkpoint
 from utils.cli import STARTED
 from utils.exceptions import OutOfMemory, TrainingError
 from utils.logging import get_logger
+from utils.loop_checkpoints import begin, restore, save
 from utils.methods.sft import SftBatches
 from utils.preflight import RunPlan
 from utils.progress import Progress
 from utils.run_folder import RunFolder
 from utils.run_watch import SPIKE_WINDOW, RunWatch, find_spike
 from utils.schedules import compute_learning_rate
-from utils.seed_manager import capture_generators, restore_generators
 from utils.skipped_steps import check_skips, keep_finite, shorten, write_skip
 from utils.stop_signals import Interrupted
 from utils.tracking import Tracker
@@ -95,25 +95,6 @@ def train(parts: LoopParts) -> TrainingState:
                 follow_up_step(parts, state, progress)
         finish_run(parts, state)
     return state
-
-
-def begin(parts: LoopParts) -> TrainingState:
-    """The state before the first step; lines of a process that was killed before its first checkpoint are taken back."""
-    parts.folder.cut_lines({})
-    return TrainingState()
-
-
-def restore(parts: LoopParts, checkpoint: Checkpoint) -> TrainingState:
-    """Brings weights, optimizer, random numbers and files of the run to where a checkpoint was saved.
-
-    Raises:
-        RunError: the checkpoint is that of another model.
-    """
-    parts.step.load_state(checkpoint.folder)
-    parts.folder.cut_lines(checkpoint.state.get("lines"))
-    restore_generators(checkpoint.state.get("random"))
-    get_logger().info("Going on after step %d of %d", checkpoint.step, parts.plan.total_steps)
-    return checkpoint.training
 
 
 def follow_up_step(parts: LoopParts, state: TrainingState, progress: Progress) -> None:
@@ -310,30 +291,3 @@ def run_evaluation(parts: LoopParts, state: TrainingState) -> None:
     if patience is not None and state.evaluations_without_gain >= patience:
         state.stop_reason = f"no better held-out loss in {patience} evaluations"
         get_logger().info("Stopping early: %s", state.stop_reason)
-
-
-def save(parts: LoopParts, state: TrainingState) -> None:
-    """Writes a checkpoint, unless this step has one, and removes the ones that are neither among the newest nor the best."""
-    if state.saved_at != state.step:
-        state.saved_at = state.step
-
-        def save_files(folder: Path) -> None:
-            parts.save_weights(folder)
-            parts.step.save_state(folder)
-
-        fix = f"free disk space, and go on from the last checkpoint: {parts.folder.resume_command}"
-        save_checkpoint(parts.folder.path, state.step, save_files, describe_state(parts, state), fix)
-    rotate_checkpoints(parts.folder.path, parts.training.keep_checkpoints, state.best_step)
-
-
-def describe_state(parts: LoopParts, state: TrainingState) -> dict[str, Any]:
-    """Content of state.json: all that a later process needs beside the tensors."""
-    epoch, taken = divmod(state.step, parts.batches.steps_per_epoch)
-    return {
-        "training": replace(state, earlier_s=state.elapsed_s).to_json(),
-        "epoch": epoch,
-        "position": taken * parts.batches.batch_size,  # in the epoch's permutation, which follows from seed and epoch
-        "lines": parts.folder.measure_lines(),
-        "made_with": parts.made_with,
-        "random": capture_generators(),
-    }

@@ -15,7 +15,6 @@ from utils.model_source import ModelSource
 from utils.run_folder import (
     OUTPUTS,
     RunFolder,
-    RunRecord,
     check_run_target,
     collect_versions,
     create_run_folder,
@@ -23,6 +22,7 @@ from utils.run_folder import (
     find_run,
     mark_latest,
 )
+from utils.run_record import RunRecord
 from utils.stop_signals import SignalExit
 
 RECIPE = """
