@@ -15,7 +15,7 @@ MODEL ?= embedded/smollm2-135m-instruct
 DATA ?= data/text_to_sql/train.jsonl
 NEW_RECIPE = outputs/recipes/$(notdir $(MODEL))_$(subst /,_,$(basename $(DATA))).yaml
 RUN_OPTION := $(if $(RUN),--run $(RUN))
-.PHONY: setup setup-dev demo quick test lint train validate preview prepare baseline infer merge evaluate reproduce diff data reference bench lock clean help
+.PHONY: setup setup-dev demo quick test lint train validate preview prepare baseline infer merge evaluate resume reproduce diff data reference bench soak lock clean help
 
 help:  ## show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,8 @@ lint: setup-dev  ## style, types and architecture
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m pytest tests/test_architecture.py
 train: setup  ## train RECIPE
 	@$(PY) scripts/train.py --recipe $(RECIPE) $(ARGS)
+resume: setup  ## go on with the latest run, or RUN, that was ended: killed, stopped, out of disk space
+	@$(PY) scripts/train.py --resume $(RUN)
 validate: setup  ## check RECIPE without loading weights
 	@$(PY) scripts/validate.py --recipe $(RECIPE) $(ARGS)
 preview: setup  ## rows of RECIPE as the model sees them, and their statistics
@@ -61,5 +63,7 @@ bench: setup  ## speed beside other tools, in environments of their own under .b
 	@$(PY) benchmarks/speed.py --write $(ARGS)
 lock: setup-dev  ## pin everything anew, with hashes, after a change of requirements*.txt
 	@$(LOCK) requirements-dev.txt -o constraints.txt && $(LOCK) --generate-hashes --no-emit-package torch -c constraints.txt requirements.txt -o requirements.lock && $(LOCK) --generate-hashes --no-emit-package torch -c constraints.txt requirements-dev.txt -o requirements-dev.lock
+soak: setup  ## kill real runs at 200 random moments, let them go on, compare the final weights: ARGS="--kills 20 --seed 1"
+	@$(PY) benchmarks/soak.py $(ARGS)
 clean:  ## remove .venv and caches; runs in outputs/ stay
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis && find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -52,7 +52,7 @@ from utils.merge_checks import check_merge
 from utils.merge_plan import plan_merge
 from utils.model_source import ModelSource
 from utils.streaming_merge import write_plan
-from utils.checkpoint import write_folder_atomically
+from utils.atomic_files import write_folder_atomically
 base, adapter, target = map(Path, sys.argv[1:4])
 def merge(folder):
     plan = plan_merge(ModelSource(str(base), base, json.loads((base / "config.json").read_text())), [adapter], (), False)

@@ -428,7 +428,8 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Seeds the data order, adapter initialisation, dropout and sampling."""
     deterministic: bool = False
-    """Let CUDA choose only kernels that repeat their results, which is slower; on a CPU they repeat anyway."""
+    """Let CUDA choose only kernels that repeat their results, which is slower; on a CPU, compute each operation on one
+    thread: how many share it decides how sums are rounded, and is otherwise chosen by timing."""
     backend: Literal["auto", "torch"] = "auto"
     """auto takes torch: CUDA, then Apple's MPS, then the CPU."""
     model: ModelSection

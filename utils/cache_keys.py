@@ -17,6 +17,15 @@ def hash_code(paths: Sequence[str]) -> list[str]:
     return [hashlib.sha256((UTILS / path).read_bytes()).hexdigest() for path in paths]
 
 
+def hash_project() -> str:
+    """SHA-256 over the code of a run, whatever part of it a run reaches."""
+    digest = hashlib.sha256()
+    for folder in ("config", "utils"):
+        for path in sorted((UTILS.parent / folder).rglob("*.py")):
+            digest.update(path.relative_to(UTILS.parent).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def find_forward_versions(quantization: str) -> list[str]:
     """Versions of the libraries that a forward pass runs on.
 

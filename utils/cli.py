@@ -10,14 +10,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from config.structured_config import GenerationSection
 from utils.exceptions import RecipeError, RunError, TunebookError
 from utils.logging import hide_in_values, hide_secrets, set_up_logging, show_bug, show_controls
+from utils.stop_signals import NUMBERS, SignalExit, end_script
 
 STARTED = time.time()  # seconds since the epoch; scripts import this module first, so it is the run's beginning
 # How a finished run answers; everything else is what was trained.
@@ -38,9 +38,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds `--recipe` and `--set`, the same in every script that reads a recipe."""
-    parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="the YAML recipe, see recipes/")
+    parser.add_argument("--recipe", required=required, type=Path, metavar="FILE", help="the YAML recipe, see recipes/")
     add_override_argument(parser, "override one value, such as training.epochs=1; may be repeated")
 
 
@@ -77,7 +77,9 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Runs a script: loads `.env`, prints errors as lines with a fix, and exits with the documented code."""
-    signal.signal(signal.SIGTERM, end_script)
+    for number in NUMBERS:
+        if number != signal.SIGINT:  # Python's own handler: a conversation goes on when an answer is interrupted
+            signal.signal(number, end_script)
     sys.excepthook = show_bug
     try:
         load_environment()
@@ -89,16 +91,19 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         code = INTERRUPTED
+    except SignalExit as error:
+        print(f"\nStopped by {signal.Signals(error.number).name}.", file=sys.stderr)
+        code = 128 + error.number
     except BrokenPipeError:
         # The reader (head, less) has gone: nothing more to say, and Python must not try again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    if code > 128:  # ended by a signal: threads that still compute an answer or a batch are not waited for
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
-
-
-def end_script(number: int, frame: FrameType | None) -> None:
-    """Handles SIGTERM as an exception that passes every `finally`: half-written folders go, and a run says that it failed."""
-    raise SystemExit(128 + number)
 
 
 def load_environment() -> None:

@@ -13,6 +13,7 @@ from utils.activations import BYTES, MASTER, count_adapters
 from utils.exceptions import MachineError, Problem, TunebookError
 from utils.memory import show_bytes
 from utils.model_shape import ModelShape
+from utils.optimizer_memory import count_optimizer_bytes
 from utils.run_folder import OUTPUTS, RunFolder
 
 TOKENIZER_BYTES = (
@@ -39,7 +40,7 @@ class DiskForecast:
     """Bytes that a run writes.
 
     Attributes:
-        checkpoint: one checkpoint.
+        checkpoint: one checkpoint, optimizer included.
         checkpoints: the most that lie side by side: the newest, the best, the one in writing, and the result.
         merge: the model that `scripts/merge.py` would write; 0 when all weights are trained.
     """
@@ -97,20 +98,27 @@ def describe_work(recipe: Recipe) -> tuple[object, ...]:
 
 def estimate_disk(recipe: Recipe, shape: ModelShape, config: dict[str, Any]) -> DiskForecast:
     """Bytes of checkpoints, result and merge."""
-    saved = MASTER * (count_adapters(recipe.lora, shape) or shape.parameters)
-    checkpoint = saved + TOKENIZER_BYTES
-    # Newest ones, the best one, the one in writing, and the copy that becomes adapter/ or model/.
-    checkpoints = checkpoint * (recipe.training.keep_checkpoints + 3)
+    result = MASTER * (count_adapters(recipe.lora, shape) or shape.parameters) + TOKENIZER_BYTES
+    checkpoint = result + count_optimizer_bytes(recipe, shape)
+    # Newest ones, the best one, the one in writing; and the copy of the weights that becomes adapter/ or model/.
+    checkpoints = checkpoint * (recipe.training.keep_checkpoints + 2) + result
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     merge = BYTES.get(dtype, MASTER) * shape.parameters if recipe.lora else 0
     return DiskForecast(checkpoint, checkpoints, merge)
 
 
-def check_disk(disk: DiskForecast, where: str, outputs: Path = OUTPUTS) -> list[Problem]:
+def measure_checkpoints(recipe: Path) -> int:
+    """Bytes of the checkpoints beside a recipe: they are those of a run that goes on, and make room for the next ones."""
+    files = [path for path in (recipe.parent / "checkpoints").glob("step-*/*") if path.is_file()]
+    return sum(path.stat().st_size for path in files)
+
+
+def check_disk(disk: DiskForecast, where: str, outputs: Path = OUTPUTS, present: int = 0) -> list[Problem]:
     """Compares what a run writes with the free space of the folder of runs.
 
     Args:
         where: `file:line` of training.keep_checkpoints.
+        present: bytes of checkpoints that the run has already.
 
     Returns:
         A warning if the checkpoints fit but the merge would not, else nothing.
@@ -120,11 +128,12 @@ def check_disk(disk: DiskForecast, where: str, outputs: Path = OUTPUTS) -> list[
     """
     folder = next(path for path in (outputs.absolute(), *outputs.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
-    if disk.checkpoints > free:
-        message = f"checkpoints will need {show_bytes(disk.checkpoints)}, and {show_bytes(free)} are free in {folder}"
+    missing = disk.checkpoints - present
+    if missing > free:
+        message = f"checkpoints will need {show_bytes(missing)}, and {show_bytes(free)} are free in {folder}"
         fix = "lower training.keep_checkpoints, free some space, or name another folder with --run"
         raise MachineError(message, where=where, fix=fix, code="disk")
-    if disk.merge and disk.checkpoints + disk.merge > free:
+    if disk.merge and missing + disk.merge > free:
         message = (
             f"merging will need {show_bytes(disk.merge)} more than the run, and {show_bytes(free)} are free in {folder}"
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from config.structured_config import GenerationSection
+from utils.atomic_files import write_text_atomically
 from utils.backends import Backend, GenerationSettings, MachineFacts
 from utils.batching import Ids
 from utils.cache_keys import find_forward_versions, hash_code
@@ -17,7 +18,6 @@ from utils.examples import Example
 from utils.logging import get_logger
 from utils.model_source import ModelSource, get_cache_folder
 from utils.progress import Progress
-from utils.run_folder import write_text_atomically
 from utils.tokenizer_utils import TokenizerUtils
 
 # Whatever changes here can change an answer of the untouched model, so one of older code is never read from the cache.

@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -145,9 +146,26 @@ def make_terminal_handler() -> logging.Handler:
     return handler
 
 
+class LogFile(logging.FileHandler):
+    """A log file whose disk may be full: that is said once on the terminal, and never ends what is logged about."""
+
+    has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called by logging where a line cannot be written."""
+        if not self.has_failed:
+            self.has_failed = True
+            print(f"warning: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Closes the file, whatever has become of lines that found no room."""
+        with suppress(OSError):
+            super().close()
+
+
 def add_log_file(path: Path) -> logging.Handler:
     """Copies every line, with date and level, into a plain file; warnings of libraries go there too."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = LogFile(path, encoding="utf-8")
     handler.setFormatter(SecretFormatter("%(asctime)s %(levelname)s %(message)s"))
     get_logger().addHandler(handler)
     logging.captureWarnings(True)

@@ -14,9 +14,9 @@ from config.recipe_io import LoadedRecipe
 from config.structured_config import Recipe
 from utils.adapter_changes import NeedsFramework
 from utils.added_tokens import find_added_ids
+from utils.atomic_files import write_folder_atomically
 from utils.backends import Backend, load_backend
 from utils.batching import Batch, pad_prompts_left
-from utils.checkpoint import write_folder_atomically
 from utils.evaluation import load_trained_model
 from utils.exceptions import AdapterError, RunError
 from utils.logging import get_logger

@@ -18,9 +18,10 @@ class Progress:
     Use it as a context manager; `advance` moves it and replaces its note.
     """
 
-    def __init__(self, title: str, total: int, unit: str) -> None:
+    def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
+        """Takes what an earlier process has done of the work; it counts for no speed."""
         self.title, self.total, self.unit = title, total, unit
-        self.done = 0
+        self.done = self.before = done
         self.started = self.last_line = time.monotonic()
         self.bar: Any = None
         self.task: Any = None
@@ -34,7 +35,7 @@ class Progress:
             columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(self.unit)]
             times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
             self.bar = RichProgress(*columns, *times, console=Console(stderr=True), transient=True)
-            self.task = self.bar.add_task(self.title, total=self.total, note="")
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, note="")
             self.bar.start()
         return self
 
@@ -45,7 +46,9 @@ class Progress:
             self.bar.stop()
         if error is None:
             seconds = time.monotonic() - self.started
-            get_logger().info("%s: %d %s in %s", self.title, self.done, self.unit, format_seconds(seconds))
+            get_logger().info(
+                "%s: %d %s in %s", self.title, self.done - self.before, self.unit, format_seconds(seconds)
+            )
 
     @property
     def seconds(self) -> float:
@@ -59,7 +62,7 @@ class Progress:
             self.bar.update(self.task, advance=count, note=note)
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES and self.done < self.total:
             self.last_line = time.monotonic()
-            left = (self.last_line - self.started) / self.done * (self.total - self.done)
+            left = (self.last_line - self.started) / (self.done - self.before) * (self.total - self.done)
             text = f"{self.title}: {self.done}/{self.total} {self.unit}, {format_seconds(left)} left"
             get_logger().info("%s", f"{text}, {note}" if note else text)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from config.structured_config import MetricName
+from utils.atomic_files import write_text_atomically
 from utils.evaluation import Evaluation, TextSample
 from utils.examples import Example
 from utils.logging import hide_in_values, hide_secrets
 from utils.metrics import BINARY, TITLES, format_change, format_value, give_verdict
-from utils.run_folder import RunFolder, write_text_atomically
+from utils.run_folder import RunFolder
 
 BEFORE, AFTER = "#9aa5b1", "#1f77b4"
 

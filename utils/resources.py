@@ -12,7 +12,14 @@ from config.recipe_io import LoadedRecipe
 from config.structured_config import Recipe
 from utils.downloads import DownloadStatus, find_download
 from utils.exceptions import Problem
-from utils.forecast import DiskForecast, TimeForecast, check_disk, estimate_disk, predict_seconds
+from utils.forecast import (
+    DiskForecast,
+    TimeForecast,
+    check_disk,
+    estimate_disk,
+    measure_checkpoints,
+    predict_seconds,
+)
 from utils.machine import Machine, inspect_machine
 from utils.memory import MemoryEstimate, check_memory, estimate_memory, measure_stored_bytes, show_bytes
 from utils.model_shape import ModelShape, measure_shape, silence
@@ -71,7 +78,8 @@ def plan_resources(
         disk = estimate_disk(recipe, shape, source.config)
     if disk is not None and not is_finished:
         problems += check_memory(memory, machine, loaded.find_origin("training.micro_batch_size")) if memory else []
-        problems += check_disk(disk, loaded.find_origin("training.keep_checkpoints"))
+        present = measure_checkpoints(loaded.path)
+        problems += check_disk(disk, loaded.find_origin("training.keep_checkpoints"), present=present)
     tokens = float(np.mean(data.train.lengths)) * min(recipe.training.batch_size, len(data.train)) * steps
     time = predict_seconds(recipe, round(tokens), machine.device)
     return loaded, Resources(machine, shape, download, memory, disk, time, tuple(problems))

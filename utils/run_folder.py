@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from config.recipe_io import LoadedRecipe, format_resolved, load_recipe
-from utils.exceptions import RunError, TunebookError
-from utils.logging import NAME, add_log_file, get_logger, hide_in_values, hide_secrets, remove_log_file
+from utils.atomic_files import explain_disk_errors, flush, write_text_atomically
+from utils.exceptions import RunError
+from utils.json_lines import append_line, read_lines
+from utils.logging import hide_in_values, hide_secrets
 from utils.model_safety import check_run_links
 from utils.model_source import ModelSource
 
@@ -34,6 +36,7 @@ class RunFolder:
         self.run_file = path / "run.json"
         self.metrics_file = path / "metrics.jsonl"
         self.skipped_file = path / "skipped.jsonl"
+        self.line_files = (self.metrics_file, self.skipped_file)
         self.log_file = path / "log.txt"
         self.adapter = path / "adapter"
         self.model = path / "model"
@@ -79,6 +82,35 @@ class RunFolder:
     def count_skipped_steps(self) -> int:
         """Steps that were not taken so far."""
         return len(read_lines(self.skipped_file))
+
+    @property
+    def resume_command(self) -> str:
+        """What continues this run."""
+        return shlex.join(["python", "scripts/train.py", "--resume", str(self.path)])
+
+    def measure_lines(self) -> dict[str, int]:
+        """Bytes of each of `line_files`, once all of them are on the disk."""
+        sizes = {}
+        for path in self.line_files:
+            if path.exists():
+                flush(path)
+                sizes[path.name] = path.stat().st_size
+        return sizes
+
+    def cut_lines(self, sizes: Any) -> None:
+        """Takes back the lines that were written after `measure_lines`: their steps run again.
+
+        Raises:
+            RunError: a file has lost lines since.
+        """
+        for path in self.line_files:
+            size = sizes.get(path.name, 0) if isinstance(sizes, dict) else 0
+            found = path.stat().st_size if path.exists() else 0
+            if not isinstance(size, int) or not 0 <= size <= found:
+                message, fix = "lines are missing that were there at the checkpoint", "restore the file from a copy"
+                raise RunError(message, where=str(path), fix=fix, code="lines-lost")
+            if found > size:
+                os.truncate(path, size)
 
     def load_recipe(self, overrides: Sequence[str] = (), *, trusts_code: bool = False) -> LoadedRecipe:
         """The resolved recipe of this run.
@@ -161,90 +193,9 @@ class RunFolder:
             )
 
 
-class RunRecord:
-    """Keeps run.json and log.txt true while a run lasts, and at its end, whatever ended it."""
-
-    def __init__(self, folder: RunFolder, facts: dict[str, Any]) -> None:
-        """Takes what is known before the first step; `results` are added to it when the run ends by itself."""
-        self.folder, self.facts = folder, facts
-        self.results: dict[str, Any] = {}
-
-    def __enter__(self) -> RunRecord:
-        self.folder.write_facts(self.facts)
-        self.log = add_log_file(self.folder.log_file)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
-            results = self.results if error is None else self.describe_failure(error)
-            self.folder.write_facts({**self.facts, **results})
-        finally:
-            remove_log_file(self.log)
-
-    def describe_failure(self, error: BaseException) -> dict[str, Any]:
-        """What run.json says of a run that did not end by itself."""
-        skipped = self.folder.count_skipped_steps()
-        return {"status": "failed", "error": self.log_error(error), "skipped_steps": skipped}
-
-    def log_error(self, error: BaseException) -> str:
-        """Writes what ended the run into its log alone, for the terminal shows it anyway; a fault of ours with its traceback.
-
-        Returns:
-            The error in words.
-        """
-        text, trace = f"{type(error).__name__}: {error}", None
-        if isinstance(error, TunebookError):
-            text = str(error)
-        elif isinstance(error, KeyboardInterrupt):
-            text = "interrupted"
-        elif isinstance(error, SystemExit):
-            text = f"ended with exit code {error.code}"
-        else:
-            trace = (type(error), error, error.__traceback__)
-        self.log.handle(get_logger().makeRecord(NAME, logging.ERROR, __file__, 0, text, (), trace))
-        return hide_secrets(text)
-
-
-def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Adds one line of strict JSON to a file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
-
-
 def is_metric(value: Any) -> bool:
     """True for what a row of metrics.jsonl may hold; `append_metrics` writes nothing else."""
     return value is None or (isinstance(value, int | float) and math.isfinite(value))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file that `append_line` wrote; none where there is no file. Half a last line, left by a kill, is no row.
-
-    Raises:
-        RunError: a line is no JSON object with a step.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"cannot be read: {error}", where=str(path), code="no-run") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            fix = "restore the file from a copy: the run wrote something else"
-            message = "is no JSON object with a step"
-            raise RunError(message, where=f"{path}:{number}", fix=fix, code="no-run")
-        rows.append(row)
-    return rows
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that a reader or a kill never sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def create_run_folder(loaded: LoadedRecipe, asked: Path | None) -> RunFolder:
@@ -266,7 +217,8 @@ def create_run_folder(loaded: LoadedRecipe, asked: Path | None) -> RunFolder:
         message = f"the run folder cannot be created: {error.strerror}"
         raise RunError(message, where=str(path), fix="name another folder with --run", code="disk") from error
     folder = RunFolder(path)
-    folder.recipe_file.write_text(hide_secrets(format_resolved(loaded)), encoding="utf-8")
+    with explain_disk_errors(path, "free disk space, or name another folder with --run"):
+        write_text_atomically(folder.recipe_file, hide_secrets(format_resolved(loaded)))
     return folder
 
 
@@ -305,7 +257,12 @@ def find_run(asked: Path | None) -> RunFolder:
         raise RunError("there is no run yet", where=str(OUTPUTS), fix=fix, code="no-run")
     path = asked or Path(pointer.read_text(encoding="utf-8", errors="replace").strip())
     folder = RunFolder(path)
-    if not folder.recipe_file.is_file() or not folder.run_file.is_file():
+    try:
+        is_run = folder.recipe_file.is_file() and folder.run_file.is_file()
+    except OSError as error:
+        message, fix = f"the run folder cannot be read: {error.strerror}", "make it readable, or copy it elsewhere"
+        raise RunError(message, where=str(path), fix=fix, code="disk") from error
+    if not is_run:
         fix = "name a folder that train.py made, or leave --run out for the latest one"
         raise RunError("this is not a run folder", where=str(path), fix=fix, code="no-run")
     check_run_links(path)

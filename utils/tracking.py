@@ -16,15 +16,28 @@ Numbers = dict[str, float]
 class Tracker:
     """Sends metrics to the trackers that a recipe asks for; with none it does nothing."""
 
-    def __init__(self, tracking: TrackingSection, run: Path, settings: dict[str, Any]) -> None:
-        self.wandb_run = start_wandb(tracking, run, settings) if tracking.wandb else None
+    def __init__(
+        self, tracking: TrackingSection, run: Path, settings: dict[str, Any], tracking_id: str = "", resumes: int = 0
+    ) -> None:
+        """Starts the trackers, or lets them go on.
+
+        Args:
+            settings: of the recipe.
+            tracking_id: the run's name there, the same for every process of it.
+            resumes: how often the run has gone on.
+        """
+        self.wandb_run = start_wandb(tracking, run, settings, tracking_id) if tracking.wandb else None
         self.tensorboard = start_tensorboard(run / "tensorboard") if tracking.tensorboard else None
+        self.must_purge = resumes > 0
 
     def log(self, step: int, numbers: Numbers) -> None:
         """Records numbers of one optimizer step."""
         if self.wandb_run is not None:
             self.wandb_run.log(numbers, step=step)
         if self.tensorboard is not None:
+            if self.must_purge:  # what a killed process has written of this step and later ones
+                purge_events(self.tensorboard, step)
+                self.must_purge = False
             write_event(self.tensorboard, step, numbers)
 
     def close(self) -> None:
@@ -46,7 +59,7 @@ def check_tracking(tracking: TrackingSection, where: str) -> None:
         raise MachineError("wandb needs a key", where=where, fix=fix, code="no-key")
 
 
-def start_wandb(tracking: TrackingSection, run: Path, settings: dict[str, Any]) -> Any:
+def start_wandb(tracking: TrackingSection, run: Path, settings: dict[str, Any], tracking_id: str) -> Any:
     """Starts a wandb run that records the metrics and the recipe, and nothing of the machine, the code or the console."""
     import wandb
 
@@ -61,7 +74,15 @@ def start_wandb(tracking: TrackingSection, run: Path, settings: dict[str, Any]) 
         x_disable_stats=True,
         x_disable_machine_info=True,
     )
-    return wandb.init(project=tracking.project, name=run.name, dir=str(run), config=settings, settings=quiet)
+    return wandb.init(
+        project=tracking.project,
+        name=run.name,
+        id=tracking_id,
+        resume="allow",
+        dir=str(run),
+        config=settings,
+        settings=quiet,
+    )
 
 
 def start_tensorboard(folder: Path) -> Any:
@@ -78,3 +99,11 @@ def write_event(writer: Any, step: int, numbers: Numbers) -> None:
 
     values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
     writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+
+def purge_events(writer: Any, step: int) -> None:
+    """Lets TensorBoard forget events of this step and later ones that are in the folder already."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    writer.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
+    writer.add_event(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 from config.structured_config import TrainingSection
 from utils.backends import StepResult, TrainStep
 from utils.batching import Batch, halve_batches
-from utils.checkpoint import rotate_checkpoints, save_checkpoint
+from utils.checkpoint import Checkpoint
 from utils.cli import STARTED
 from utils.exceptions import OutOfMemory, TrainingError
 from utils.logging import get_logger
+from utils.loop_checkpoints import begin, restore, save
 from utils.methods.sft import SftBatches
 from utils.preflight import RunPlan
 from utils.progress import Progress
@@ -26,7 +23,9 @@ from utils.run_folder import RunFolder
 from utils.run_watch import SPIKE_WINDOW, RunWatch, find_spike
 from utils.schedules import compute_learning_rate
 from utils.skipped_steps import check_skips, keep_finite, shorten, write_skip
+from utils.stop_signals import Interrupted
 from utils.tracking import Tracker
+from utils.training_state import TrainingState
 
 Result = TypeVar("Result")
 
@@ -55,6 +54,8 @@ class LoopParts:
         watch: says what is wrong with a young run.
         rehearses: the heaviest step is tried before the first one, because it may not fit into memory.
         stop_after: step after which to stop and save nothing, for a replay; None takes all steps.
+        made_with: hashes and versions of what the run depends on; every checkpoint holds them.
+        checkpoint: where an earlier process stopped.
     """
 
     step: TrainStep
@@ -68,46 +69,8 @@ class LoopParts:
     watch: RunWatch | None = None
     rehearses: bool = False
     stop_after: int | None = None
-
-
-@dataclass
-class TrainingState:
-    """How far the run is; the numbers end in run.json.
-
-    Attributes:
-        skips_in_a_row: steps up to now that were not taken, since the last one that was.
-        recent_losses: of the last steps that were taken, the newest last.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    loss_sum: float = 0.0
-    loss_terms: int = 0
-    last_loss: float = math.nan
-    seconds: float = 0.0
-    time_to_first_step_s: float = math.nan
-    eval_loss: float | None = None
-    best_loss: float = math.inf
-    best_step: int | None = None
-    evaluations_without_gain: int = 0
-    evaluated_at: int = 0
-    saved_at: int = 0
-    halvings: int = 0
-    skips_in_a_row: int = 0
-    recent_losses: list[float] = field(default_factory=list)
-    stop_reason: str | None = None
-    signal_number: int | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Real tokens over the time spent in steps alone."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def mean_loss(self) -> float | None:
-        """Over all that was learned; None where no step was taken."""
-        return self.loss_sum / self.loss_terms if self.loss_terms else None
+    made_with: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
 
 
 def train(parts: LoopParts) -> TrainingState:
@@ -116,17 +79,21 @@ def train(parts: LoopParts) -> TrainingState:
     Raises:
         TrainingError: several losses or gradients in a row are not finite; the last good weights are on disk.
     """
-    state = TrainingState()
-    if parts.rehearses:
-        get_logger().info("Trying the heaviest step first: it may not fit into memory")
-        take_fitting(state, parts.batches.find_heaviest_step(), parts.step.rehearse)
-    with listen_for_signals(state), Progress("Training", parts.plan.total_steps, "steps") as progress:
-        for epoch, micro_batches in iterate_steps(parts.batches, parts.plan.total_steps):
-            take_step(parts, state, micro_batches, epoch)
-            follow_up_step(parts, state, progress)
-            if state.stop_reason:
-                break
-    finish_run(parts, state)
+    state = restore(parts, parts.checkpoint) if parts.checkpoint else begin(parts)
+    total = parts.plan.total_steps
+    with state.signals.listen():
+        if parts.rehearses and not state.step:
+            get_logger().info("Trying the heaviest step first: it may not fit into memory")
+            take_fitting(state, parts.batches.find_heaviest_step(), parts.step.rehearse)
+        if state.step:
+            evaluate_and_save(parts, state)  # a signal may have put the evaluation off
+        with Progress("Training", total, "steps", state.step) as progress:
+            for epoch, micro_batches in iterate_steps(parts.batches, total, state.step):
+                if state.must_stop:
+                    break
+                take_step(parts, state, micro_batches, epoch)
+                follow_up_step(parts, state, progress)
+        finish_run(parts, state)
     return state
 
 
@@ -137,7 +104,12 @@ def follow_up_step(parts: LoopParts, state: TrainingState, progress: Progress) -
         if state.step >= parts.stop_after:
             state.stop_reason = "replayed"
         return
-    if is_due(state.step, parts.plan.eval_every):
+    evaluate_and_save(parts, state)
+
+
+def evaluate_and_save(parts: LoopParts, state: TrainingState) -> None:
+    """Does what is due at this step and not done yet."""
+    if is_due(state.step, parts.plan.eval_every) and state.evaluated_at != state.step:
         run_evaluation(parts, state)
     if is_due(state.step, parts.plan.save_every) or state.best_step == state.step:
         save(parts, state)
@@ -149,20 +121,24 @@ def finish_run(parts: LoopParts, state: TrainingState) -> None:
         return
     if state.evaluated_at != state.step and state.signal_number is None:
         run_evaluation(parts, state)
-    if state.saved_at != state.step:
-        save(parts, state)
+    save(parts, state)
+    if state.signal_number is not None:
+        get_logger().warning("%s: stopped after step %d, and saved it", state.signals.name, state.step)
 
 
-def iterate_steps(batches: SftBatches, total_steps: int) -> Iterator[tuple[float, list[Batch]]]:
-    """Yields progress in epochs after the step, and the step's micro-batches, across epochs."""
-    done, epoch = 0, 0
+def iterate_steps(batches: SftBatches, total_steps: int, done: int = 0) -> Iterator[tuple[float, list[Batch]]]:
+    """Yields progress in epochs after the step, and the step's micro-batches, across epochs.
+
+    Args:
+        done: steps that an earlier process has taken. The order of an epoch follows from the seed, so they are skipped at once.
+    """
     while done < total_steps:
-        for micro_batches in batches.iterate_epoch(epoch):
+        epoch, start = divmod(done, batches.steps_per_epoch)
+        for micro_batches in batches.iterate_epoch(epoch, start):
             if done == total_steps:
                 return
             done += 1
             yield done / batches.steps_per_epoch, micro_batches
-        epoch += 1
 
 
 def is_due(step: int, every: int) -> bool:
@@ -295,7 +271,12 @@ def run_evaluation(parts: LoopParts, state: TrainingState) -> None:
     """Measures the held-out loss, remembers the best, and decides on early stopping."""
     if parts.evaluate is None:
         return
-    held_out = parts.evaluate()
+    try:
+        with state.signals.interrupt():
+            held_out = parts.evaluate()
+    except Interrupted:
+        get_logger().info("Step %d: the held-out loss will be measured when the run goes on", state.step)
+        return
     loss = held_out.loss
     state.eval_loss, state.evaluated_at = loss, state.step
     numbers = {"loss": loss, **held_out.numbers}
@@ -310,30 +291,3 @@ def run_evaluation(parts: LoopParts, state: TrainingState) -> None:
     if patience is not None and state.evaluations_without_gain >= patience:
         state.stop_reason = f"no better held-out loss in {patience} evaluations"
         get_logger().info("Stopping early: %s", state.stop_reason)
-
-
-def save(parts: LoopParts, state: TrainingState) -> None:
-    """Writes a checkpoint and removes the ones that are neither among the newest nor the best."""
-    facts: dict[str, Any] = {"step": state.step, "eval_loss": state.eval_loss, "best_step": state.best_step}
-    save_checkpoint(parts.folder.path, state.step, parts.save_weights, facts)
-    rotate_checkpoints(parts.folder.path, parts.training.keep_checkpoints, state.best_step)
-    state.saved_at = state.step
-
-
-@contextmanager
-def listen_for_signals(state: TrainingState) -> Iterator[None]:
-    """Lets Ctrl-C and SIGTERM finish the step and save; a second one stops at once."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if state.signal_number is not None:
-            raise KeyboardInterrupt
-        state.signal_number = number
-        state.stop_reason = f"stopped by {signal.Signals(number).name}"
-        get_logger().warning("%s: finishing this step and saving; once more stops at once", signal.Signals(number).name)
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -2,59 +2,58 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from config.recipe_io import LoadedRecipe, format_resolved
+from config.recipe_io import LoadedRecipe
 from utils import workload
+from utils.atomic_files import explain_disk_errors, write_folder_atomically
 from utils.backends import Backend, MachineFacts, TrainStep, load_engine
 from utils.batching import pad_rows
-from utils.checkpoint import STATE, write_folder_atomically
-from utils.cli import STARTED
+from utils.checkpoint import NOT_PUBLISHED, Checkpoint
 from utils.evaluation import compute_mean_loss, continue_text, make_scorer, measure_losses
-from utils.logging import get_logger, hide_in_values, hide_secrets
+from utils.logging import get_logger, hide_in_values
 from utils.machine import inspect_machine
 from utils.methods.preference import ReferenceCache, measure_held_out, reference_pairs
 from utils.methods.sft import SftBatches
 from utils.piece_encoder import EncodedExample
 from utils.preflight import Preflight
-from utils.prepared_data import hash_contents
 from utils.report import plot_loss
-from utils.run_folder import RunFolder, RunRecord, collect_versions, find_git_state, mark_latest
+from utils.resume import Resumption
+from utils.run_facts import collect_facts, summarise
+from utils.run_folder import RunFolder, mark_latest
+from utils.run_identity import SAME, warn_about_changes
+from utils.run_lock import hold_run
+from utils.run_record import RunRecord
 from utils.run_watch import Losses, PreferenceWatch, RunWatch
 from utils.tracking import Tracker
-from utils.training_loop import HeldOut, LoopParts, TrainingState, train
-
-RESULTS = (
-    "steps",
-    "tokens",
-    "supervised_tokens",
-    "tokens_per_second",
-    "peak_memory_bytes",
-    "time_to_first_step_s",
-    "train_loss",
-    "eval_loss",
-    "best_step",
-    "skipped_steps",
-)
+from utils.training_loop import HeldOut, LoopParts, train
+from utils.training_state import TrainingState
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """All that a run needs, checked and loaded."""
+    """All that a run needs, checked and loaded.
+
+    Attributes:
+        resumption: of a run that goes on.
+        checkpoint: that it goes on from; None begins with the first step.
+    """
 
     loaded: LoadedRecipe
     preflight: Preflight
     backend: Backend
     model: Any
     folder: RunFolder
+    resumption: Resumption | None = None
+    checkpoint: Checkpoint | None = None
 
 
 def choose_micro_batch_size(loaded: LoadedRecipe, preflight: Preflight, machine: MachineFacts) -> LoadedRecipe:
@@ -77,15 +76,19 @@ def run_training(run: PreparedRun) -> TrainingState:
 
     Raises:
         TrainingError: the numbers stopped being finite; run.json then says `failed`.
+        RunError: the disk is full or not writable; the last checkpoint is whole.
     """
-    run.folder.recipe_file.write_text(hide_secrets(format_resolved(run.loaded)), encoding="utf-8")
-    with RunRecord(run.folder, collect_facts(run)) as record:
+    facts, fix = collect_facts(run), f"free disk space, then: {run.folder.resume_command}"
+    on_disk = partial(explain_disk_errors, run.folder.path, fix)
+    lock = nullcontext() if run.resumption else hold_run(run.folder.path)  # a run that goes on is held already
+    with lock, on_disk(), RunRecord(run.folder, facts) as record, on_disk():
         mark_latest(run.folder)
-        log_start(run)
+        log_start(run, facts)
         settings = hide_in_values(run.loaded.recipe.model_dump(mode="json"))
-        tracker = Tracker(run.loaded.recipe.tracking, run.folder.path, settings)
+        tracker = Tracker(run.loaded.recipe.tracking, run.folder.path, settings, facts["tracking_id"], facts["resumes"])
         try:
-            state = train_with_engine(run, make_parts(run, tracker))
+            made_with = {key: facts[key] for key in (*SAME, "code_hash", "versions")}
+            state = train_with_engine(run, replace(make_parts(run, tracker), made_with=made_with))
         finally:
             tracker.close()
         publish_weights(run, state)
@@ -139,6 +142,7 @@ def make_parts(run: PreparedRun, tracker: Tracker) -> LoopParts:
         tracker=tracker,
         watch=make_watch(run, step, batches),
         rehearses=may_not_fit(run),
+        checkpoint=run.checkpoint,
     )
 
 
@@ -196,11 +200,13 @@ def prepare_pairs(run: PreparedRun) -> tuple[Sequence[EncodedExample], Callable[
     return training, evaluate
 
 
-def log_start(run: PreparedRun) -> None:
-    """Says what is about to happen, in numbers."""
+def log_start(run: PreparedRun, facts: dict[str, Any]) -> None:
+    """Says what is about to happen, in numbers, and what has changed since the run began."""
     logger, plan, data = get_logger(), run.preflight.plan, run.preflight.data
     trainable, total = run.backend.count_parameters(run.model)
     logger.info("Run folder: %s", run.folder.path)
+    if run.resumption:
+        warn_about_changes(run.resumption.facts, facts)
     logger.info("Trainable: %s of %s parameters (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
     logger.info(
         "%d training rows, %d held-out rows; %d steps, %d of warmup",
@@ -219,75 +225,11 @@ def publish_weights(run: PreparedRun, state: TrainingState) -> None:
 
     def copy(folder: Path) -> None:
         for path in source.iterdir():
-            if path.name != STATE:
+            if path.name not in NOT_PUBLISHED:
                 shutil.copy2(path, folder / path.name)
 
-    write_folder_atomically(target, copy)
+    # A run that a signal had stopped has published its weights of then.
+    fix = f"free disk space, then: {run.folder.resume_command}"
+    write_folder_atomically(target, copy, replaces=True, fix=fix)
     if best != state.step:
         get_logger().info("Kept the weights of step %d, the best on held-out rows", best)
-
-
-def collect_facts(run: PreparedRun) -> dict[str, Any]:
-    """What is known before the first step; unknown numbers are null, so readers find every key."""
-    machine = run.backend.describe_machine(run.model)
-    trainable, total = run.backend.count_parameters(run.model)
-    contents = hash_contents(run.preflight.data.hashes)
-    return {
-        "status": "running",
-        "recipe": run.loaded.name,
-        "engine": run.loaded.recipe.training.engine,
-        "device": machine.device,
-        "device_name": machine.device_name,
-        "memory_bytes": machine.memory_bytes,
-        "dtype": machine.dtype,
-        "threads": machine.threads,
-        "automatic_choices": list(machine.reasons),
-        **dict.fromkeys(RESULTS),
-        "predicted_memory": predicted.to_json() if (predicted := run.preflight.resources.memory) else None,
-        "trainable_parameters": trainable,
-        "parameters": total,
-        "quantization": machine.quantization,
-        "model_hash": run.preflight.source.hash_weights(),
-        "adapter_hash": run.preflight.source.hash_adapter(),
-        "trust_remote_code": run.loaded.recipe.model.trust_remote_code,
-        "ignored_config_keys": list(run.preflight.source.ignored),
-        "data_hash": contents["train"],
-        "eval_hash": contents["eval"],
-        "row_formats": run.preflight.scan.formats,
-        "strategy": run.preflight.tokenizer.strategy,
-        "template": run.preflight.tokenizer.template.name,
-        "template_hash": run.preflight.tokenizer.template.hash,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(STARTED)),
-        "versions": collect_versions(run.loaded.recipe.training.engine),
-        "git": find_git_state(),
-    }
-
-
-def summarise(run: PreparedRun, state: TrainingState) -> dict[str, Any]:
-    """The results of a run that ended by itself or by a signal."""
-    peak, predicted = run.backend.measure_peak_memory(run.model), run.preflight.resources.memory
-    if predicted:
-        message = "Peak memory: %.2f GB, predicted %.2f GB (%+.0f %%)"
-        get_logger().info(message, peak / 1e9, predicted.total / 1e9, 100 * (predicted.total / peak - 1))
-    if skipped := run.folder.count_skipped_steps():
-        get_logger().warning(
-            "%d of %d steps were not taken; their rows: %s", skipped, state.step, run.folder.skipped_file
-        )
-    return {
-        "status": "stopped" if state.signal_number is not None else "finished",
-        "stop_reason": state.stop_reason,
-        "halvings": state.halvings,
-        "skipped_steps": skipped,
-        "steps": state.step,
-        "tokens": state.tokens,
-        "supervised_tokens": state.supervised_tokens,
-        "tokens_per_second": state.tokens_per_second,
-        "peak_memory_bytes": peak,
-        "memory_error": predicted.total / peak - 1 if predicted else None,
-        "time_to_first_step_s": state.time_to_first_step_s,
-        "train_loss": state.mean_loss,
-        "eval_loss": state.eval_loss,
-        "best_step": state.best_step,
-        "best_eval_loss": state.best_loss if math.isfinite(state.best_loss) else None,
-        "seconds": time.time() - STARTED,
-    }

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from utils.checkpoint import STATE, rotate_checkpoints, save_checkpoint, write_folder_atomically
+from utils.atomic_files import remove_unfinished, write_folder_atomically
+from utils.checkpoint import (
+    LATEST,
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    find_checkpoint,
+    find_damage,
+    list_checkpoints,
+    rotate_checkpoints,
+    save_checkpoint,
+    write_manifest,
+)
 from utils.exceptions import RunError
+from utils.logging import get_logger
+from utils.training_state import TrainingState
 
 ROOT = Path(__file__).resolve().parents[2]
+MADE_WITH = {"recipe_hash": "a"}
 
 
 def save_weights(folder: Path) -> None:
@@ -106,7 +125,7 @@ def test_a_parent_that_is_a_file_is_a_run_error(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from utils.checkpoint import write_folder_atomically
+from utils.atomic_files import write_folder_atomically
 
 def write(folder):
     (folder / "nested").mkdir()
@@ -142,21 +161,166 @@ def test_a_kill_at_any_moment_leaves_the_whole_folder_or_none(tmp_path: Path) ->
     assert [state for state in found if state not in ([], ["new", "new"])] == []
 
 
-def test_a_checkpoint_holds_weights_and_state(tmp_path: Path) -> None:
-    state = {"step": 20, "eval_loss": 0.5, "best_step": None}
-    folder = save_checkpoint(tmp_path, 20, save_weights, state)
+def save_files(folder: Path) -> None:
+    save_weights(folder)
+    save_file({"exp_avg:a": np.arange(4, dtype=np.float32)}, folder / OPTIMIZER)
+
+
+def describe(step: int, best_step: int | None = None) -> dict[str, Any]:
+    """A state.json of a run that is known by one hash."""
+    return {"training": TrainingState(step=step, best_step=best_step).to_json(), "made_with": MADE_WITH}
+
+
+def save(run: Path, step: int, best_step: int | None = None) -> Path:
+    return save_checkpoint(run, step, save_files, describe(step, best_step))
+
+
+def test_a_checkpoint_holds_its_files_their_hashes_and_a_pointer_to_it(tmp_path: Path) -> None:
+    folder = save(tmp_path, 20, 20)
     assert folder == tmp_path / "checkpoints" / "step-20"
     assert load_file(folder / "model.safetensors")["a"].tolist() == [0, 1, 2, 3]
-    assert json.loads((folder / STATE).read_text()) == state
+    assert json.loads((folder / STATE).read_text()) == describe(20, 20)
+    assert {*json.loads((folder / MANIFEST).read_text())["files"]} == {"model.safetensors", OPTIMIZER, STATE}
+    assert (folder.parent / LATEST).read_text() == "step-20\n"
+    assert find_damage(folder) is None
+    found = find_checkpoint(tmp_path, MADE_WITH)
+    assert found is not None
+    assert (found.folder, found.step, found.best) == (folder, 20, folder)
+
+
+SAVING = """
+import os, signal, sys
+from pathlib import Path
+from utils.checkpoint import rotate_checkpoints
+from tests.utils.test_checkpoint import save
+from benchmarks.tiny_runs import Moment
+
+run = Path(sys.argv[1])
+for moment in range(1, 200):
+    child = os.fork()
+    if not child:
+        folder = run / str(moment)
+        save(folder, 1), save(folder, 2)
+        Moment(moment, folder=str(folder)).arm()
+        save(folder, 3)
+        rotate_checkpoints(folder, 1, None)
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+        break
+print(moment)
+"""
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_the_old_checkpoint_or_the_new_one(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", SAVING, str(tmp_path)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    moments = int(done.stdout)
+    found = []
+    for moment in range(1, moments + 1):
+        run = tmp_path / str(moment)
+        for folder in (run, run / "checkpoints"):
+            remove_unfinished(folder)
+        checkpoint = find_checkpoint(run, MADE_WITH)
+        assert checkpoint is not None
+        found.append((checkpoint.step, len(list_checkpoints(run))))
+        assert {path.name for path in (run / "checkpoints").iterdir()} <= {LATEST, "step-1", "step-2", "step-3"}
+    assert moments > 20
+    assert found == sorted(found, key=lambda each: (each[0], -each[1]))
+    assert {*found} == {(2, 2), (3, 3), (3, 2), (3, 1)}
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / MANIFEST).unlink(), "manifest.json is missing or damaged"),
+        (lambda folder: (folder / MANIFEST).write_text('{"files": {"model.safetensors": 3}}'), "is missing or damaged"),
+        (lambda folder: (folder / MANIFEST).write_text('{"files": {}}'), "does not name state.json"),
+        (lambda folder: (folder / OPTIMIZER).unlink(), "optimizer.safetensors is missing"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 50), "model.safetensors has 50 bytes instead of"),
+        (lambda folder: flip_bit(folder / "model.safetensors"), "model.safetensors is not what was written"),
+        (lambda folder: flip_bit(folder / STATE), "state.json is not what was written"),
+        (lambda folder: replace_by_link(folder / "model.safetensors"), "model.safetensors is missing"),
+        (lambda folder: rewrite(folder, {"step": 2}), "it does not describe a training run"),
+        (lambda folder: rewrite(folder, {"training": {"step": 3}, "made_with": MADE_WITH}), "is that of step 3"),
+        (lambda folder: rewrite(folder, {"training": {"step": "2"}, "made_with": MADE_WITH}), "state.json is damaged"),
+        (lambda folder: rewrite(folder, {**describe(2), "made_with": {"recipe_hash": "b"}}), "belongs to another run"),
+    ],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_found(
+    tmp_path: Path, damage: Callable[[Path], object], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1)
+    damage(save(tmp_path, 2))
+    with capture_log(caplog):
+        found = find_checkpoint(tmp_path, MADE_WITH)
+    assert found is not None
+    assert found.step == 1
+    assert said in caplog.text
+    assert list_steps(tmp_path) == {1}
+    assert (tmp_path / "checkpoints" / "step-2.broken").is_dir()
+
+
+@contextmanager
+def capture_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Our logger hands nothing on to the root, where pytest listens."""
+    logger = get_logger()
+    logger.addHandler(caplog.handler)
+    yield
+    logger.removeHandler(caplog.handler)
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace_by_link(path: Path) -> None:
+    """A file that lies elsewhere may change behind the manifest's back."""
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+def rewrite(folder: Path, state: dict[str, Any]) -> None:
+    """Another state.json with a manifest that fits it."""
+    (folder / STATE).write_text(json.dumps(state))
+    (folder / MANIFEST).unlink()
+    write_manifest(folder)
+
+
+def test_a_checkpoint_whose_best_weights_are_broken_is_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 1, 1)
+    flip_bit(save(tmp_path, 2, 2) / "model.safetensors")
+    save(tmp_path, 3, 2)
+    found = find_checkpoint(tmp_path, MADE_WITH)
+    assert found is not None
+    assert (found.step, found.training.best_step) == (1, 1)
+    assert list_steps(tmp_path) == {1}  # later ones would be the newest for the rotation
+
+
+def test_the_best_is_looked_for_anew_where_its_weights_are_lost_for_good(tmp_path: Path) -> None:
+    flip_bit(save(tmp_path, 2, 2) / "model.safetensors")
+    save(tmp_path, 3, 2)
+    found = find_checkpoint(tmp_path, MADE_WITH)
+    assert found is not None
+    assert (found.step, found.training.best_step, found.training.best_loss) == (3, None, math.inf)
+
+
+def test_a_run_without_a_checkpoint_begins_anew_and_one_that_lost_them_is_refused(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path, MADE_WITH) is None
+    flip_bit(save(tmp_path, 1) / STATE)
+    for _ in range(2):
+        with pytest.raises(RunError, match="no checkpoint of this run is whole"):
+            find_checkpoint(tmp_path, MADE_WITH)
 
 
 def make_checkpoints(run: Path, *steps: int) -> None:
     for step in steps:
-        save_checkpoint(run, step, save_weights, {"step": step})
+        save(run, step)
 
 
 def list_steps(run: Path) -> set[int]:
-    return {int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").iterdir()}
+    return {int(folder.name.removeprefix("step-")) for folder in list_checkpoints(run)}
 
 
 def test_rotation_keeps_the_newest_by_number_and_not_by_name(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from config.recipe_io import load_recipe
 from config.structured_config import Recipe
 from utils.exceptions import MachineError
-from utils.forecast import DiskForecast, check_disk, estimate_disk, predict_seconds
+from utils.forecast import DiskForecast, check_disk, estimate_disk, measure_checkpoints, predict_seconds
 from utils.model_shape import ModelShape, read_shape
 
 RECIPE = """\
@@ -85,11 +85,12 @@ def test_adapters_are_counted_in_checkpoints_and_the_model_in_the_merge(tmp_path
     recipe, shape = read_recipe(tmp_path), find_shape()
     disk = estimate_disk(recipe, shape, LLAMA)
     adapters = 2 * 16 * sum(linear.inputs + linear.outputs for linear in shape.linears)
-    assert disk.checkpoint - 4 * adapters == 4_000_000  # the tokenizer
-    assert disk.checkpoints == 5 * disk.checkpoint  # two newest, best, one in writing, the result
+    result = 4 * adapters + 4_000_000  # and the tokenizer
+    assert disk.checkpoint == result + 8 * adapters  # AdamW's two moments
+    assert disk.checkpoints == 4 * disk.checkpoint + result  # two newest, best, one in writing, the result
     assert disk.merge == 2 * shape.parameters
     whole = estimate_disk(read_recipe(tmp_path, RECIPE.replace("lora:\n  r: 16\n", "")), shape, LLAMA)
-    assert whole.checkpoint == 4 * shape.parameters + 4_000_000
+    assert whole.checkpoint == 12 * shape.parameters + 4_000_000
     assert whole.merge == 0
 
 
@@ -99,6 +100,17 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_an_error(tmp_path: Path) -> 
         check_disk(DiskForecast(0, 2 * free, 0), "recipe.yaml:9", tmp_path / "not" / "yet")
     assert caught.value.problems[0].code == "disk"
     assert caught.value.problems[0].where == "recipe.yaml:9"
+
+
+def test_checkpoints_that_a_run_has_already_need_no_room_again(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    assert measure_checkpoints(recipe) == 0
+    for name, size in (("step-1", 300), ("step-2", 500)):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "model.safetensors").write_bytes(bytes(size))
+    assert measure_checkpoints(recipe) == 800
+    free = shutil.disk_usage(tmp_path).free
+    assert check_disk(DiskForecast(0, 2 * free, 0), "recipe.yaml:9", tmp_path, present=2 * free) == []
 
 
 def test_a_disk_that_cannot_hold_the_merge_is_a_warning(tmp_path: Path) -> None:

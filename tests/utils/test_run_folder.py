@@ -9,20 +9,21 @@ from pathlib import Path
 import pytest
 
 from config.recipe_io import LoadedRecipe, load_recipe
+from utils.atomic_files import write_text_atomically
 from utils.exceptions import AdapterError, RunError
 from utils.model_source import ModelSource
 from utils.run_folder import (
     OUTPUTS,
     RunFolder,
-    RunRecord,
     check_run_target,
     collect_versions,
     create_run_folder,
     find_git_state,
     find_run,
     mark_latest,
-    write_text_atomically,
 )
+from utils.run_record import RunRecord
+from utils.stop_signals import SignalExit
 
 RECIPE = """
 model:
@@ -226,22 +227,23 @@ def test_versions_and_commit_are_recorded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "said", "has_trace"),
+    ("error", "status", "said", "has_trace"),
     [
-        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero", True),
-        (RunError("the disk is full", fix="free some"), "the disk is full Fix: free some", False),
-        (KeyboardInterrupt(), "interrupted", False),
-        (SystemExit(143), "ended with exit code 143", False),
+        (ZeroDivisionError("division by zero"), "failed", "ZeroDivisionError: division by zero", True),
+        (RunError("the disk is full", fix="free some"), "failed", "the disk is full Fix: free some", False),
+        (KeyboardInterrupt(), "stopped", "interrupted", False),
+        (SignalExit(15), "stopped", "stopped by SIGTERM", False),
+        (SystemExit(3), "failed", "ended with exit code 3", False),
     ],
 )
-def test_a_run_says_failed_whatever_ended_it_and_its_log_says_why(
-    folder: Path, error: BaseException, said: str, has_trace: bool, capsys: pytest.CaptureFixture[str]
+def test_a_run_says_what_ended_it_and_so_does_its_log(
+    folder: Path, error: BaseException, status: str, said: str, has_trace: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Anything but an error of ours left `running` for good, and a log without the error.
     run = create_run_folder(write_recipe(folder), folder / "run")
     with pytest.raises(type(error)), RunRecord(run, {"status": "running", "steps": None}):
         raise error
-    assert run.read_facts() == {"status": "failed", "steps": None, "error": said, "skipped_steps": 0}
+    assert run.read_facts() == {"status": status, "steps": None, "error": said, "skipped_steps": 0}
     log = run.log_file.read_text(encoding="utf-8")
     assert f"ERROR {said}" in log
     assert ("Traceback" in log) == has_trace

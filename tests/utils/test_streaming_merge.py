@@ -33,7 +33,7 @@ from transformers import (
 
 from tests.conftest import ROOT
 from utils.adapter_changes import NeedsFramework
-from utils.checkpoint import write_folder_atomically
+from utils.atomic_files import write_folder_atomically
 from utils.exceptions import AdapterError, ModelLoadingError, RunError
 from utils.merge_checks import check_merge
 from utils.merge_plan import MergePlan, plan_copy, plan_merge
@@ -474,7 +474,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(folders: Callable[..., Path
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from utils.checkpoint import write_folder_atomically
+from utils.atomic_files import write_folder_atomically
 from utils.merge_plan import plan_merge
 from utils.model_source import ModelSource
 from utils.streaming_merge import write_plan

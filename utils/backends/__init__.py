@@ -22,7 +22,8 @@ from utils.exceptions import MachineError
 from utils.model_source import ModelSource
 
 if TYPE_CHECKING:
-    from utils.training_loop import LoopParts, TrainingState
+    from utils.training_loop import LoopParts
+    from utils.training_state import TrainingState
 
 BackendName = Literal["torch"]
 
@@ -135,6 +136,13 @@ class TrainStep(Protocol):
 
     def rehearse(self, micro_batches: Sequence[Batch]) -> None:
         """Takes a step that changes nothing, to see whether it fits; raises OutOfMemory where it does not."""
+
+    def save_state(self, folder: Path) -> None:
+        """Writes optimizer.safetensors into a folder with saved weights: the optimizer's memory, and whatever of the trained
+        tensors these weights do not hold bit for bit."""
+
+    def load_state(self, folder: Path) -> None:
+        """Puts weights and optimizer of a checkpoint back, in place and bit for bit; raises RunError where they do not fit."""
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Takes one optimizer step over all micro-batches; leaves it out (`skipped`) if loss or gradient is not finite."""

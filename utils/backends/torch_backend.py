@@ -46,7 +46,7 @@ from utils.device_manager import DeviceManager, MachinePlan
 from utils.device_manager import measure_peak_memory as measure_process_peak
 from utils.exceptions import MachineError, ModelLoadingError
 from utils.logging import get_logger
-from utils.machine import TOKEN_BUDGETS
+from utils.machine import TOKEN_BUDGETS, keep_threads
 from utils.model_safety import strip_code_keys
 from utils.model_shape import refuse_oversized
 from utils.model_source import ModelSource, read_config
@@ -69,7 +69,8 @@ def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         message = "this version trains in one process, and WORLD_SIZE asks for more"
         raise MachineError(message, fix="start the script with python, without a launcher", code="processes")
-    plan = DeviceManager().plan(recipe.model.dtype)
+    with keep_threads(1 if recipe.deterministic else None):
+        plan = DeviceManager().plan(recipe.model.dtype)
     get_logger().info("Device: %s (%s), %s", plan.device, plan.device_name, "; ".join(plan.reasons))
     transformers_logging.disable_progress_bar()
     accelerator = Accelerator(cpu=plan.device == "cpu")

@@ -51,12 +51,13 @@ def run_side_by_side(
             return work(batch)
 
     results = []
-    with ThreadPoolExecutor(model.plan.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            for batch, result in zip(batches, pool.map(work_without_gradients, batches), strict=True):
-                results.append(result)
-                on_batch(len(batch.lengths))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not wait for everything that is queued
+    pool = ThreadPoolExecutor(model.plan.workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for batch, result in zip(batches, pool.map(work_without_gradients, batches), strict=True):
+            results.append(result)
+            on_batch(len(batch.lengths))
+    finally:
+        # A signal must wait neither for what is queued nor for the batches that are being computed, which may take long.
+        pool.shutdown(wait=False, cancel_futures=True)
     refuse_repacked(model.network)
     return results

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,7 @@ from utils.backends.torch_gradients import SilentTensors, are_finite
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_optimizer import attach_noise, build_optimizer, enable_checkpointing, set_learning_rate
 from utils.backends.torch_preference import Numbers, average_rewards, make_objective
+from utils.backends.torch_state import load_state, save_state
 from utils.batching import Batch, list_places, split_rows
 from utils.exceptions import OutOfMemory, TrainingError
 
@@ -91,6 +93,18 @@ class TorchTrainStep:
         with torch.random.fork_rng():
             self.step(micro_batches, 0.0)
         self.optimizer.state.clear()
+
+    def save_state(self, folder: Path) -> None:
+        """Writes the optimizer's memory, and what the saved weights beside it do not hold bit for bit."""
+        save_state(self.model.network, self.optimizer.optimizer, folder)
+
+    def load_state(self, folder: Path) -> None:
+        """Puts weights and optimizer of a checkpoint back, in place.
+
+        Raises:
+            RunError: they are those of another model.
+        """
+        load_state(self.model.network, self.optimizer.optimizer, folder)
 
     def _accumulate(self, micro_batches: Sequence[Batch], count: int) -> float:
         """Adds up gradients, loss and further sums over the micro-batches, always in their order, whoever finishes first."""

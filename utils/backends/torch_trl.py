@@ -21,7 +21,8 @@ from utils.backends.torch_trl_batches import LabelCollator, PairCollator, Window
 from utils.backends.torch_trl_trainers import FedDpoTrainer, FedSftTrainer, RecipeSchedule, StepRecorder, find_step
 from utils.exceptions import RecipeError
 from utils.progress import Progress
-from utils.training_loop import LoopParts, TrainingState, finish_run, listen_for_signals
+from utils.training_loop import LoopParts, finish_run
+from utils.training_state import TrainingState
 
 FedTrainer = FedSftTrainer | FedDpoTrainer
 
@@ -37,12 +38,13 @@ def train(model: TorchModel, recipe: Recipe, tokenizer: Any, parts: LoopParts) -
         TrainingError: a loss or gradient that is not finite, before the weights change; here the first one ends the run.
     """
     state = TrainingState()
-    with listen_for_signals(state), Progress("Training", parts.plan.total_steps, "steps") as progress:
-        trainer = build_trainer(model, recipe, tokenizer, StepRecorder(model, parts, state, progress))
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(trainer.recorder)
-        trainer.train()
-    finish_run(parts, state)
+    with state.signals.listen():
+        with Progress("Training", parts.plan.total_steps, "steps") as progress:
+            trainer = build_trainer(model, recipe, tokenizer, StepRecorder(model, parts, state, progress))
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(trainer.recorder)
+            trainer.train()
+        finish_run(parts, state)
     return state
 
 

@@ -21,7 +21,8 @@ from utils.backends.torch_step import TorchTrainStep
 from utils.backends.torch_trl_batches import COUNTS, TrlBatch, WindowLoader
 from utils.exceptions import TrainingError
 from utils.progress import Progress
-from utils.training_loop import LoopParts, TrainingState, find_learning_rate, follow_up_step, record_step
+from utils.training_loop import LoopParts, find_learning_rate, follow_up_step, record_step
+from utils.training_state import TrainingState
 
 # Our name of what a step over pairs measures → TRL's. Under TRL a tie, as in the first step, is no accuracy; ours counts half.
 REWARDS = {
@@ -106,7 +107,7 @@ class StepRecorder(TrainerCallback):  # type: ignore[misc]  # a class of a libra
         rate, epoch = float(logs["learning_rate"]), (self.state.step + 1) / self.parts.batches.steps_per_epoch
         record_step(self.parts, self.state, result, rate, epoch, self.seconds)
         follow_up_step(self.parts, self.state, self.progress)
-        control.should_training_stop = control.should_training_stop or self.state.stop_reason is not None
+        control.should_training_stop = control.should_training_stop or self.state.must_stop
 
 
 class FedTrainer:

@@ -177,7 +177,7 @@ class ReferenceCache:
         weights = {source["source"]: source["weight"] for source in list_weights(self.recipe)}
         facts = {
             "weights": [self.source.hash_weights(), self.source.hash_adapter(), self.source.config],
-            "model": self.recipe.model.model_dump(mode="json"),
+            "model": self.recipe.model.model_dump(mode="json", exclude={"dtype"}),  # `machine` has what auto became
             "lora": self.recipe.lora.model_dump(mode="json") if self.recipe.lora else None,
             "data": [self.data_key, name, count, weights, self.recipe.seed],
             "machine": self.machine,

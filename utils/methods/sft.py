@@ -132,9 +132,9 @@ class SftBatches:
             chosen, self.micro_batch_size, self.pad_token_id, pack_length=self.pack_length, evenly=self.evenly
         )
 
-    def iterate_epoch(self, epoch: int) -> Iterator[list[Batch]]:
-        """Yields the micro-batches of each optimizer step, in this epoch's order."""
-        for window in iterate_windows(len(self.examples), self.batch_size, self.seed, epoch):
+    def iterate_epoch(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
+        """Yields the micro-batches of each optimizer step, in this epoch's order, from step `start` of it on."""
+        for window in islice(iterate_windows(len(self.examples), self.batch_size, self.seed, epoch), start, None):
             yield self.cut([self.examples[index] for index in window])
 
 
