@@ -175,7 +175,7 @@ def test_a_run_that_is_killed_at_one_moment_after_the_other_of_its_saves_loses_n
     # Every moment of a save is tried in tests/utils/test_checkpoint.py; here a whole run goes through some of them.
     run = runs.folder / "chain"
     shutil.copytree(stopped, run)
-    for moment in range(9, 60, 7):
+    for moment in range(9, 60, 12):
         assert runs.train("--resume", run, moment=on_disk(moment, run)).code == -9, moment
     assert runs.train("--resume", run).code == 0
     assert find_differences(whole, run) == SAME
@@ -226,6 +226,17 @@ def test_a_finished_run_and_one_that_is_no_run_are_refused(runs: Runs, whole: Pa
     assert (done.code, "this is not a run folder" in done.text) == (5, True)
 
 
+def test_a_signal_while_a_checkpoint_is_loaded_leaves_the_run_as_it_was(runs: Runs, whole: Path, stopped: Path) -> None:
+    # The exception of the signal was replaced, deep in a library, by one that said that the checkpoint does not fit: exit 5.
+    run = runs.folder / "loading"
+    shutil.copytree(stopped, run)
+    done = runs.train("--resume", run, moment=at_call("load_optimizer", 1, signal.SIGTERM))
+    assert done.code == 143, done.text
+    assert (run / "checkpoints" / "latest").read_text(encoding="utf-8") == "step-4\n"
+    assert runs.train("--resume", run).code == 0
+    assert find_differences(whole, run) == SAME
+
+
 def test_a_second_process_on_one_run_folder_is_refused(runs: Runs, stopped: Path) -> None:
     from utils.run_lock import hold_run
 
@@ -271,6 +282,27 @@ def test_other_versions_and_code_are_said_and_the_run_goes_on(runs: Runs, stoppe
     assert "the project's code; cores 64 → " in done.text
     assert "torch 2.0.0 → " in done.text
     assert "perhaps not bit for bit" in done.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings": None},
+        {"sources": {"train": [["rows.jsonl", 3]], "eval": None}},
+        {"sources": {"train": None}},
+        {"template_hash": 7},
+        {"resumes": "often"},
+        {"threads": 0},
+    ],
+)
+def test_a_run_json_that_is_damaged_is_refused(runs: Runs, stopped: Path, changes: dict[str, Any]) -> None:
+    path = stopped / "run.json"
+    kept = path.read_text(encoding="utf-8")
+    path.write_text(json.dumps({**json.loads(kept), **changes}), encoding="utf-8")
+    done = runs.train("--resume", stopped)
+    path.write_text(kept, encoding="utf-8")
+    assert done.code in (2, 4, 5), done.text
+    assert "error: " in done.text
 
 
 def test_a_file_that_may_grow_no_further_ends_a_run_with_its_last_checkpoint_whole(runs: Runs, whole: Path) -> None:

@@ -104,7 +104,7 @@ def explain_disk_errors(folder: Path, fix: str) -> Iterator[None]:
         if error.errno not in DISK_ERRORS:
             raise
         where, reason = str(error.filename or folder), error.strerror or str(error)
-        raise RunError(f"cannot be written: {reason}", where=where, fix=fix, code="disk") from error
+        raise RunError(f"cannot be read or written: {reason}", where=where, fix=fix, code="disk") from error
 
 
 class RustErrors:

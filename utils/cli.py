@@ -17,7 +17,7 @@ from typing import NoReturn
 from config.structured_config import GenerationSection
 from utils.exceptions import RecipeError, RunError, TunebookError
 from utils.logging import hide_in_values, hide_secrets, set_up_logging, show_bug, show_controls
-from utils.stop_signals import NUMBERS, SignalExit, end_script
+from utils.stop_signals import NUMBERS, SignalExit, end_script, received
 
 STARTED = time.time()  # seconds since the epoch; scripts import this module first, so it is the run's beginning
 # How a finished run answers; everything else is what was trained.
@@ -85,25 +85,35 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         load_environment()
         set_up_logging()
         code = main(None) or 0
-    except TunebookError as error:
-        report_error(error, as_json="--json" in sys.argv)
-        code = error.exit_code
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         code = INTERRUPTED
     except SignalExit as error:
-        print(f"\nStopped by {signal.Signals(error.number).name}.", file=sys.stderr)
-        code = 128 + error.number
+        code = say_stopped(error.number)
     except BrokenPipeError:
         # The reader (head, less) has gone: nothing more to say, and Python must not try again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except Exception as error:
+        if received:  # a library has replaced our exception by one of its own
+            code = say_stopped(received[-1])
+        elif isinstance(error, TunebookError):
+            report_error(error, as_json="--json" in sys.argv)
+            code = error.exit_code
+        else:
+            raise
     if code > 128:  # ended by a signal: threads that still compute an answer or a batch are not waited for
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def say_stopped(number: int) -> int:
+    """Says which signal has ended the script, and gives its exit code."""
+    print(f"\nStopped by {signal.Signals(number).name}.", file=sys.stderr)
+    return 128 + number
 
 
 def load_environment() -> None:

@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 NEEDED = {
     "settings": dict,
     "automatic": list,
+    "recipe_hash": str,
+    "recipe": str,
     "sources": dict,
+    "tokenizer_hash": str,
+    "template_hash": str,
     "template_source": str,
     "versions": dict,
-    "recipe": str,
     "dtype": str,
     "threads": int,
+    "resumes": int,
 }
 
 
@@ -89,7 +93,7 @@ def open_resumption(folder: RunFolder, asked: LoadedRecipe | None, *, trusts_cod
     if facts.get("engine") == "trl":
         message = "this run was trained by TRL's trainer, whose state is in no checkpoint"
         raise RunError(message, where=where, fix="train again, or with training.engine: tunebook", code="engine")
-    if not all(isinstance(facts.get(key), kind) for key, kind in NEEDED.items()):
+    if not all(isinstance(facts.get(key), kind) for key, kind in NEEDED.items()) or not are_sources(facts["sources"]):
         message = "run.json lacks what this version needs to go on: the run is of an older one, or the file is damaged"
         raise RunError(message, where=str(folder.run_file), fix="train again", code="old-run")
     loaded = folder.load_recipe(trusts_code=trusts_code)
@@ -99,3 +103,11 @@ def open_resumption(folder: RunFolder, asked: LoadedRecipe | None, *, trusts_cod
     if loaded.recipe.model.dtype == "auto":  # which is quicker is timed, and decides the rounding
         loaded = loaded.with_automatic_value("model.dtype", facts["dtype"], "as when the run began")
     return Resumption(folder, loaded, facts)
+
+
+def are_sources(found: dict[str, Any]) -> bool:
+    """True for `train` and `eval`, each with name and hash of its sources; `eval` may have none."""
+    parts = [found.get("train"), found.get("eval") or []]
+    pairs = [pair for part in parts if isinstance(part, list) for pair in part]
+    is_list = all(isinstance(part, list) for part in parts)
+    return is_list and all(isinstance(pair, list) and [type(text) for text in pair] == [str, str] for pair in pairs)

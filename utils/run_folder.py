@@ -18,7 +18,7 @@ from config.recipe_io import LoadedRecipe, format_resolved, load_recipe
 from utils.atomic_files import explain_disk_errors, flush, write_text_atomically
 from utils.exceptions import RunError
 from utils.json_lines import append_line, read_lines
-from utils.logging import hide_in_values, hide_secrets
+from utils.logging import get_logger, hide_in_values, hide_secrets
 from utils.model_safety import check_run_links
 from utils.model_source import ModelSource
 
@@ -98,19 +98,14 @@ class RunFolder:
         return sizes
 
     def cut_lines(self, sizes: Any) -> None:
-        """Takes back the lines that were written after `measure_lines`: their steps run again.
-
-        Raises:
-            RunError: a file has lost lines since.
-        """
+        """Takes back the lines that were written after `measure_lines`: their steps run again."""
         for path in self.line_files:
             size = sizes.get(path.name, 0) if isinstance(sizes, dict) else 0
             found = path.stat().st_size if path.exists() else 0
-            if not isinstance(size, int) or not 0 <= size <= found:
-                message, fix = "lines are missing that were there at the checkpoint", "restore the file from a copy"
-                raise RunError(message, where=str(path), fix=fix, code="lines-lost")
-            if found > size:
+            if isinstance(size, int) and 0 <= size < found:
                 os.truncate(path, size)
+            elif size != found:  # the weights are whole, so the run goes on
+                get_logger().warning("%s lacks lines that it had at the checkpoint", path)
 
     def load_recipe(self, overrides: Sequence[str] = (), *, trusts_code: bool = False) -> LoadedRecipe:
         """The resolved recipe of this run.

@@ -14,12 +14,17 @@ from typing import Any
 NUMBERS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if name in signal.Signals.__members__]
 
 
+# Numbers of the signals that have raised `SignalExit`. Some libraries written in C replace it by an error of their own.
+received: list[int] = []
+
+
 class SignalExit(SystemExit):
     """A signal ends the process, with 128 plus its number; it passes every `finally`, so nothing half-written stays."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.number = number
+        received.append(number)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -23,7 +23,7 @@ from utils.run_folder import RunFolder
 from utils.run_watch import SPIKE_WINDOW, RunWatch, find_spike
 from utils.schedules import compute_learning_rate
 from utils.skipped_steps import check_skips, keep_finite, shorten, write_skip
-from utils.stop_signals import Interrupted
+from utils.stop_signals import Interrupted, StopSignals
 from utils.tracking import Tracker
 from utils.training_state import TrainingState
 
@@ -79,9 +79,10 @@ def train(parts: LoopParts) -> TrainingState:
     Raises:
         TrainingError: several losses or gradients in a row are not finite; the last good weights are on disk.
     """
-    state = restore(parts, parts.checkpoint) if parts.checkpoint else begin(parts)
-    total = parts.plan.total_steps
-    with state.signals.listen():
+    signals, total = StopSignals(), parts.plan.total_steps
+    with signals.listen():
+        state = restore(parts, parts.checkpoint) if parts.checkpoint else begin(parts)
+        state.signals = signals
         if parts.rehearses and not state.step:
             get_logger().info("Trying the heaviest step first: it may not fit into memory")
             take_fitting(state, parts.batches.find_heaviest_step(), parts.step.rehearse)
