@@ -312,7 +312,7 @@ def test_people_see_which_answers_are_good_ones(
     assert [row.get("label") for row in rows] == [*([True, False] * 8), *([None] * 4)]
 
 
-def test_sigterm_in_the_reference_pass_leaves_no_half_folder_and_a_run_that_says_failed(
+def test_sigterm_in_the_reference_pass_leaves_no_half_folder_and_a_run_that_says_stopped(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     # The process died by the signal itself: run.json said `running` for good, and the cache kept a half-built entry.
@@ -327,6 +327,6 @@ def test_sigterm_in_the_reference_pass_leaves_no_half_folder_and_a_run_that_says
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    assert (facts["status"], facts["error"]) == ("failed", "ended with exit code 143")
+    assert (facts["status"], facts["error"]) == ("stopped", "stopped by SIGTERM")
     assert not list((tmp_path / "cache").rglob(".*tmp-*"))
     assert "Traceback" not in output

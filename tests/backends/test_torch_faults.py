@@ -201,7 +201,7 @@ class Spoiled(SftBatches):
 
     broken = (2, 3, 5, 6, 7)
 
-    def iterate_epoch(self, epoch: int) -> Iterator[list[Batch]]:
+    def iterate_epoch(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """One step an epoch."""
         rows = make_examples(2, (0, 1)) if epoch + 1 in self.broken else self.examples
         yield self.cut(rows)
@@ -300,11 +300,11 @@ def test_a_loss_that_jumps_is_flagged_in_the_log_and_in_the_metrics(
     head = model.network.get_output_embeddings().weight
 
     class StruckBatches(SftBatches):
-        def iterate_epoch(self, epoch: int) -> Iterator[list[Batch]]:
+        def iterate_epoch(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
             if epoch == 24:
                 with torch.no_grad():
                     head.mul_(-20.0)
-            yield from super().iterate_epoch(epoch)
+            yield from super().iterate_epoch(epoch, start)
 
     struck = StruckBatches(parts.batches.examples, 2, 2, PAD, None, recipe.seed)
     said = watch_run(replace(parts, batches=struck), caplog)
