@@ -7,26 +7,31 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from config.recipe_io import load_recipe
 from config.structured_config import DataSection, ModelSection
 from tests.bad_inputs.build_tree import RECIPE, hash_tree, make_rows, write_good_tree, write_parquet
 from utils.adapter_source import find_adapter
+from utils.checkpoint import MANIFEST, OPTIMIZER, STATE, Checkpoint, read_checkpoint, save_checkpoint, write_manifest
 from utils.exceptions import DataError, Problem, RecipeError, TunebookError
 from utils.model_shape import refuse_oversized
 from utils.model_source import find_model
 from utils.row_checks import scan_rows
 from utils.run_folder import RunFolder, find_run
+from utils.seed_manager import capture_generators, restore_generators
 from utils.session import read_prompts
 from utils.tensor_files import read_tensor_file
 from utils.tokenizer_files import load_tokenizer
+from utils.training_state import TrainingState
 
 SLOWEST = 3000  # milliseconds, on a machine that others use as well; a hang is far above
 QUICK = {
@@ -259,6 +264,76 @@ def test_a_damaged_run_folder_is_read_or_refused(tree: Path, name: str, edits: l
 
     path = tree / "run" / name
     with_content(path, damage(path.read_bytes(), edits), read)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A whole checkpoint; the generators of the tests are put back at the end."""
+    before = capture_generators()
+
+    def write(folder: Path) -> None:
+        save_file({"exp_avg:w": np.ones(4, dtype=np.float32)}, folder / OPTIMIZER, metadata={"numbers": "{}"})
+
+    state = {"training": TrainingState(step=3).to_json(), "random": before, "lines": {}, "made_with": {}}
+    yield save_checkpoint(tmp_path_factory.mktemp("run"), 3, write, state)
+    restore_generators(before)
+
+
+def read_back(folder: Path) -> Checkpoint | str:
+    """What `--resume` does with a checkpoint before it looks at tensors."""
+    found = read_checkpoint(folder, {})
+    if isinstance(found, Checkpoint):
+        restore_generators(found.state.get("random"))
+    return found
+
+
+@settings(max_examples=120, **QUICK)
+@given(name=st.sampled_from([STATE, OPTIMIZER, MANIFEST]), edits=EDITS, sealed=st.booleans())
+def test_a_damaged_checkpoint_is_read_or_called_broken(
+    checkpoint: Path, name: str, edits: list[tuple[float, int, bytes]], sealed: bool
+) -> None:
+    manifest = (checkpoint / MANIFEST).read_bytes()
+    path = checkpoint / name
+    good = path.read_bytes()
+    path.write_bytes(damage(good, edits))
+    if sealed and name != MANIFEST:  # by somebody who knows how
+        write_manifest(checkpoint)
+    try:
+        answer_or_refuse(checkpoint, lambda: read_back(checkpoint))
+        if not sealed and path.read_bytes() != good and name != MANIFEST:
+            assert isinstance(read_back(checkpoint), str)
+    finally:
+        path.write_bytes(good)
+        (checkpoint / MANIFEST).write_bytes(manifest)
+    assert isinstance(read_back(checkpoint), Checkpoint)
+
+
+@settings(max_examples=120, **QUICK)
+@given(
+    place=st.sampled_from([("training",), ("random",), ("made_with",), ("lines",)])
+    | st.tuples(st.just("training"), st.sampled_from(sorted(TrainingState().to_json())))
+    | st.tuples(st.just("random"), st.sampled_from(["python", "numpy"]))
+    | st.tuples(st.just("random"), st.sampled_from(["python", "numpy"]), st.integers(0, 1)),
+    value=JSON,
+)
+@example(place=("random", "numpy", 1), value=2**70)
+def test_any_value_in_the_state_of_a_checkpoint_is_taken_or_called_broken(
+    checkpoint: Path, place: tuple[Any, ...], value: Any
+) -> None:
+    path, manifest = checkpoint / STATE, (checkpoint / MANIFEST).read_bytes()
+    good = path.read_bytes()
+    state = json.loads(good)
+    inner = state
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(state), encoding="utf-8")
+    write_manifest(checkpoint)
+    try:
+        answer_or_refuse(checkpoint, lambda: read_back(checkpoint))
+    finally:
+        path.write_bytes(good)
+        (checkpoint / MANIFEST).write_bytes(manifest)
 
 
 def test_the_fuzzing_itself_sees_a_reader_that_breaks_or_writes(tree: Path) -> None:

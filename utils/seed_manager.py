@@ -86,7 +86,7 @@ def restore_generators(states: Any) -> None:
                 torch.cuda.set_rng_state_all([torch.from_numpy(decode(state, "u1")) for state in states["cuda"]])
             if torch.backends.mps.is_available() and "mps" in states:
                 torch.mps.set_rng_state(torch.from_numpy(decode(states["mps"], "u1")))
-    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (LookupError, OverflowError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         message, fix = f"the states of the random numbers are damaged: {error}", "restore state.json from a copy"
         raise RunError(message, where="state.json", fix=fix, code="checkpoint-mismatch") from error
 
