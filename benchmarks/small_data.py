@@ -217,7 +217,7 @@ def measure_on_test_rows(folder: Path, each: SmallSet, run: RunFolder | None) ->
     """Nats, learned tokens and 0/1 of every test row, of the untouched model or of a run."""
     loaded = load_recipe(write_recipe(folder, each, 0, "off", is_test=True))
     preflight = check_recipe(loaded)
-    backend = load_backend("auto")
+    backend = load_backend("torch")
     source = find_model(loaded.recipe.model, "benchmark", with_weights=True)
     model = backend.load_model(source, loaded.recipe)
     if run:

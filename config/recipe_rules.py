@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from config.engine_rules import find_engine_violations
+from config.mlx_rules import find_backend_violations
 from config.scratch_rules import find_scratch_violations
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def find_rule_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     yield from find_adapter_violations(recipe)
     yield from find_training_violations(recipe.training)
     yield from (RuleViolation(*broken) for broken in find_engine_violations(recipe))
+    yield from (RuleViolation(*broken) for broken in find_backend_violations(recipe))
     yield from find_preference_violations(recipe)
     yield from find_data_violations(recipe.data)
     if recipe.data.eval is None and recipe.data.eval_fraction == 0:
@@ -225,7 +227,7 @@ def find_adapter_violations(recipe: Recipe) -> Iterator[RuleViolation]:
     if lora is not None and lora.variant == "pissa" and model.quantization != "none":
         message = f"pissa takes the largest singular values out of the base, and {model.quantization} weights cannot give them"
         yield RuleViolation(("lora", "variant"), message, "set model.quantization: none, or lora.variant: lora")
-    if lora is not None and lora.variant == "dora" and model.quantization == "int8":
+    if lora is not None and lora.variant == "dora" and model.quantization == "int8" and recipe.backend != "mlx":
         message = "dora reads the base's weights at every step, and 8-bit modules lose their scales when it does"
         yield RuleViolation(("lora", "variant"), message, "set model.quantization: nf4, or lora.variant: lora")
     if lora is not None and not isinstance(lora.target_modules, str):

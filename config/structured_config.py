@@ -60,8 +60,9 @@ class ModelSection(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of the frozen weights; auto takes bfloat16 where a probe finds that the machine computes it quickly.
     Without a `lora` section all weights are trained, in float32."""
-    quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
-    """Store the frozen base in 8 or 4 bits (bitsandbytes); needs a `lora` section."""
+    quantization: Literal["none", "int8", "int4", "nf4", "fp4"] = "none"
+    """Store the frozen base in 8 or 4 bits; needs a `lora` section. On torch these are bitsandbytes' int8, nf4 and fp4; on MLX
+    int8 and int4, with a scale and an offset for each 64 weights."""
     adapter: Annotated[str, Field(min_length=1)] | None = None
     """Folder of a finished LoRA adapter, or of the run that trained it: it is folded into the base when the model is loaded,
     so that this run starts from, and is compared with, what that run has learned."""
@@ -430,8 +431,9 @@ class Recipe(Section):
     deterministic: bool = False
     """Let CUDA choose only kernels that repeat their results, which is slower; on a CPU, compute each operation on one
     thread: how many share it decides how sums are rounded, and is otherwise chosen by timing."""
-    backend: Literal["auto", "torch"] = "auto"
-    """auto takes torch: CUDA, then Apple's MPS, then the CPU."""
+    backend: Literal["auto", "torch", "mlx"] = "auto"
+    """auto takes MLX on Apple silicon where it is installed and has all that the recipe asks for, else torch: CUDA, then MPS,
+    then the CPU."""
     model: ModelSection
     data: DataSection
     scratch: ScratchSection | None = None

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message, fix = "a reward model writes no answers", "train it: scripts/evaluate_run.py measures before and after"
         raise RecipeError(message, where=loaded.find_origin("training.method"), fix=fix, code="no-answers")
 
-    from utils.backends import load_backend
+    from utils.backends import choose_backend, load_backend
     from utils.inference import Responder, encode_prompts, make_settings
     from utils.metrics import TITLES, format_value, score_answers
     from utils.model_source import find_model
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     examples = select_conversations(preflight)
     recipe = preflight.loaded.recipe
     source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
-    backend = load_backend(recipe.backend)
+    backend = load_backend(choose_backend(recipe, source.model_type))
     SeedManager(recipe.seed).seed_everything()
     with locate_problems(loaded):
         model = backend.load_model(source, recipe)

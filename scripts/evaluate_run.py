@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = find_run(options.run)
     loaded = folder.load_recipe(trusts_code=options.trusts_code)
 
-    from utils.backends import load_backend
+    from utils.backends import choose_backend, load_backend
     from utils.evaluation import evaluate_run
     from utils.preflight import check_recipe
     from utils.report import print_summary, write_report
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     preflight = check_recipe(loaded, folder)
     source = preflight.find_weights()
     folder.check_base(source)
-    backend = load_backend(loaded.recipe.backend)
+    backend = load_backend(choose_backend(preflight.loaded.recipe, source.model_type))
     SeedManager(loaded.recipe.seed).seed_everything()
     examples, samples = preflight.read_evaluation_examples(), loaded.recipe.evaluation.samples
     evaluation = evaluate_run(backend, preflight, examples, source, folder)

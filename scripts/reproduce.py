@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = find_run(options.run)
     loaded, facts = folder.load_recipe(trusts_code=options.trusts_code), folder.read_facts()
 
-    from utils.backends import load_backend
+    from utils.backends import choose_backend, load_backend
     from utils.machine import keep_threads
     from utils.preflight import check_recipe
     from utils.replay import check_inputs, find_changes, format_steps, judge_replay, read_first_steps, replay_steps
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_inputs(folder, preflight)
     source, recipe = preflight.find_weights(), preflight.loaded.recipe
     folder.check_base(source)
-    backend = load_backend(recipe.backend)
+    backend = load_backend(choose_backend(recipe, source.model_type))
     SeedManager(recipe.seed, deterministic=recipe.deterministic).seed_everything()
     with locate_problems(preflight.loaded), keep_threads(facts.get("threads")):
         model = backend.attach_lora(backend.load_model(source, recipe), recipe)

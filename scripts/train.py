@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(loaded: LoadedRecipe, target: Path | None, resumption: Resumption | None = None) -> int:
     """Trains a recipe into a new folder, or the rest of a run; returns the exit code."""
     # Imported behind the recipe check, so that a typo is answered before numpy and tokenizers are loaded.
-    from utils.backends import load_backend
+    from utils.backends import choose_backend, load_backend
     from utils.machine import keep_threads
     from utils.preflight import check_recipe
     from utils.preview import print_first_example, print_warnings
@@ -72,7 +72,7 @@ def train(loaded: LoadedRecipe, target: Path | None, resumption: Resumption | No
     loaded = preflight.loaded
     source = preflight.find_weights()
     checkpoint = resumption.find_checkpoint(preflight) if resumption else None
-    backend = load_backend(loaded.recipe.backend)
+    backend = load_backend(choose_backend(loaded.recipe, source.model_type))
     SeedManager(loaded.recipe.seed, deterministic=loaded.recipe.deterministic).seed_everything()
     with locate_problems(loaded), keep_threads(resumption.facts["threads"] if resumption else None):
         model = backend.attach_lora(backend.load_model(source, loaded.recipe), loaded.recipe)

@@ -241,6 +241,20 @@ def unroll_pairs(batch: Batch) -> Batch:
     return pad_rows(sides, 0)
 
 
+def unpack_rows(batch: Batch) -> Batch:
+    """The examples of packed rows as rows of their own, so learned tokens keep their order.
+
+    For models that cannot be told where an example begins.
+    """
+    assert batch.position_ids is not None
+    parts = []
+    for ids, mask, positions in zip(batch.input_ids, batch.loss_mask, batch.position_ids, strict=True):
+        starts = np.flatnonzero(positions == 0).tolist()
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            parts.append(EncodedExample(ids[start:end], mask[start:end], ""))
+    return pad_rows(parts, 0)
+
+
 def pad_prompts_left(prompts: Sequence[npt.NDArray[np.int64]], pad_token_id: int) -> Batch:
     """Pads prompts on the left, so that every row's next token is the same column."""
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)

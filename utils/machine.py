@@ -20,10 +20,10 @@ from typing import Literal
 
 from utils.exceptions import MachineError
 
-DeviceName = Literal["cuda", "mps", "cpu"]
-DEVICES: tuple[DeviceName, ...] = ("cuda", "mps", "cpu")
+DeviceName = Literal["cuda", "mps", "metal", "cpu"]
+DEVICES: tuple[DeviceName, ...] = ("cuda", "mps", "metal", "cpu")
 # Tokens that one forward pass should hold when micro_batch_size is auto.
-TOKEN_BUDGETS = {"cpu": 256, "mps": 2048, "cuda": 16_384}
+TOKEN_BUDGETS = {"cpu": 256, "mps": 2048, "metal": 2048, "cuda": 16_384}
 MAX_WORKERS = 8  # micro-batches of a step are seldom more
 METAL_SHARE = 0.75  # Metal recommends to use about three quarters of Apple's shared memory
 
@@ -33,13 +33,14 @@ class Machine:
     """The machine that a run would use.
 
     Attributes:
-        device: `cuda`, `mps` or `cpu`.
+        device: `cuda`, `mps` (Apple's GPU through torch), `metal` (the same through MLX) or `cpu`.
         cores: CPU cores that this process may run on.
         workers: micro-batches that run side by side; 1 on accelerators.
         token_budget: tokens of a forward pass when `micro_batch_size` is auto.
         total_bytes: memory of the device in all, or None where it cannot be read.
         available_bytes: memory of the device that is free now, or None.
         quick_bfloat16: the device computes bfloat16 natively, so `dtype: auto` takes it.
+        backend: `torch` or `mlx`.
     """
 
     device: DeviceName
@@ -49,25 +50,30 @@ class Machine:
     total_bytes: int | None
     available_bytes: int | None
     quick_bfloat16: bool
+    backend: str = "torch"
 
 
-def inspect_machine() -> Machine:
+def inspect_machine(backend: str = "torch") -> Machine:
     """Looks at the machine without a framework.
+
+    Args:
+        backend: `torch` or `mlx`, which decides what of the machine is used.
 
     Raises:
         MachineError: TUNEBOOK_DEVICE names no device.
     """
-    device = guess_device()
+    device = guess_device(backend)
     cores = count_cores()
     total, available = measure_device_memory(device)
     return Machine(
         device=device,
         cores=cores,
-        workers=count_workers() if device == "cpu" else 1,
+        workers=count_workers() if device == "cpu" and backend == "torch" else 1,
         token_budget=TOKEN_BUDGETS[device],
         total_bytes=total,
         available_bytes=available,
-        quick_bfloat16=guess_quick_bfloat16(device),
+        quick_bfloat16=device == "metal" or (backend == "torch" and guess_quick_bfloat16(device)),
+        backend=backend,
     )
 
 
@@ -78,8 +84,8 @@ def choose_dtype(asked: str, machine: Machine) -> str:
     return "bfloat16" if machine.quick_bfloat16 else "float32"
 
 
-def guess_device() -> DeviceName:
-    """CUDA where an NVIDIA driver is loaded, MPS on Apple silicon, else the CPU; TUNEBOOK_DEVICE overrides it.
+def guess_device(backend: str = "torch") -> DeviceName:
+    """CUDA where an NVIDIA driver is loaded, Apple's GPU on Apple silicon, else the CPU; TUNEBOOK_DEVICE overrides it.
 
     Raises:
         MachineError: TUNEBOOK_DEVICE names no device.
@@ -87,13 +93,25 @@ def guess_device() -> DeviceName:
     if asked := os.environ.get("TUNEBOOK_DEVICE"):
         for device in DEVICES:
             if asked == device:
-                return device
+                return choose_mlx_device(asked) if backend == "mlx" else device
         fix = f"set it to one of {', '.join(DEVICES)}, or leave it out"
         raise MachineError(f"{asked!r} is no device", where="TUNEBOOK_DEVICE", fix=fix, code="environment")
+    if backend == "mlx":
+        return choose_mlx_device("metal")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
     if not hidden and not is_cpu_build() and (Path("/proc/driver/nvidia/version").exists() or query_gpu("name")):
         return "cuda"
-    return "mps" if sys.platform == "darwin" and os.uname().machine == "arm64" else "cpu"
+    return "mps" if is_apple_silicon() else "cpu"
+
+
+def choose_mlx_device(asked: str) -> DeviceName:
+    """Apple's GPU where there is one and the CPU is not asked for."""
+    return "metal" if is_apple_silicon() and asked != "cpu" else "cpu"
+
+
+def is_apple_silicon() -> bool:
+    """True on a Mac whose GPU MLX drives."""
+    return sys.platform == "darwin" and os.uname().machine == "arm64"
 
 
 def is_cpu_build() -> bool:
@@ -156,7 +174,7 @@ def measure_device_memory(device: DeviceName) -> tuple[int | None, int | None]:
         total, free = (read_mebibytes(query_gpu(name)) for name in ("memory.total", "memory.free"))
         return total, free
     total_bytes, available = measure_memory()
-    if device == "mps":
+    if device in ("mps", "metal"):
         return int(total_bytes * METAL_SHARE), None
     return total_bytes, available
 

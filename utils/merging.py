@@ -15,7 +15,7 @@ from config.structured_config import Recipe
 from utils.adapter_changes import NeedsFramework
 from utils.added_tokens import find_added_ids
 from utils.atomic_files import write_folder_atomically
-from utils.backends import Backend, load_backend
+from utils.backends import Backend, choose_backend, load_backend
 from utils.batching import Batch, pad_prompts_left
 from utils.evaluation import load_trained_model
 from utils.exceptions import AdapterError, RunError
@@ -134,8 +134,8 @@ def merge_run(run: Trained, target: Path, base: BaseName = "full", *, compare: b
         streamed = plan_streaming(run, base)
     except NeedsFramework as reason:
         get_logger().info("The merge loads the whole model: %s", reason)
-        return merge_on_backend(load_backend(run.loaded.recipe.backend), run, target, base)
-    comparison = Comparison(load_backend(run.loaded.recipe.backend), run, "full") if compare else None
+        return merge_on_backend(open_backend(run), run, target, base)
+    comparison = Comparison(open_backend(run), run, "full") if compare else None
     found: list[Merge] = []
 
     def write(temporary: Path) -> None:
@@ -154,6 +154,11 @@ def merge_run(run: Trained, target: Path, base: BaseName = "full", *, compare: b
     check_room(target, sum(file.size for file in streamed.weights.files))
     write_folder_atomically(target, write)
     return found[0]
+
+
+def open_backend(run: Trained) -> Backend:
+    """The framework that loads the run's model."""
+    return load_backend(choose_backend(run.loaded.recipe, run.source.model_type))
 
 
 def plan_streaming(run: Trained, base: BaseName) -> StreamedMerge:

@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from config.model_families import find_family, find_family_by_name
-from config.recipe_io import LoadedRecipe, list_rule_problems
+from config.recipe_io import LoadedRecipe, list_rule_problems, locate_problems
 from config.recipe_rules import find_cadence_violations
 from config.structured_config import Recipe
-from utils.backends import check_engine
+from utils.backends import check_engine, choose_backend
 from utils.examples import Example
 from utils.exceptions import DataError, Problem, RecipeError
 from utils.logging import get_logger
 from utils.machine import guess_device
+from utils.mlx_support import check_mlx_installed, check_mlx_model
 from utils.model_files import check_model_files
 from utils.model_shape import find_positions, has_learned_positions
 from utils.model_source import (
@@ -104,12 +105,14 @@ def check_recipe(loaded: LoadedRecipe, run: RunFolder | None = None) -> Prefligh
     if run is None:  # a finished run is measured without the engine that trained it
         check_secrets(loaded)
         check_engine(recipe.training.engine, loaded.find_origin("training.engine"))
+    if choose_backend(recipe) == "mlx":
+        check_mlx_installed(loaded.find_origin("backend"))
     if recipe.scratch is not None:
         return check_new_model(loaded, run)
     family = find_family_by_name(recipe.model.name)
     family = family or find_family(EMBEDDED_MODELS.get(recipe.model.name.removeprefix(EMBEDDED_PREFIX)))
     # A finished run is only measured here, so it does not matter whether this machine could train it.
-    device = None if run else guess_device()
+    device = None if run else guess_device(choose_backend(recipe))
     apply_rules(loaded, Facts(recipe, family, device=device, has_chat_template=guess_chat_template(loaded, family)))
     scan = scan_rows(recipe.data, recipe.seed, loaded.find_origin)
     apply_rules(loaded, Facts(recipe, family, formats=scan.all_formats, first_rows=scan.first_rows))
@@ -131,6 +134,9 @@ def find_checked_model(loaded: LoadedRecipe) -> ModelSource:
     recipe, where, adapter_where = loaded.recipe, loaded.find_origin("model.name"), loaded.find_origin("model.adapter")
     source = find_model(recipe.model, where, with_weights=False, adapter_where=adapter_where)
     check_model_files(loaded, source)
+    if choose_backend(recipe, source.model_type) == "mlx":
+        with locate_problems(loaded):
+            check_mlx_model(recipe, source, where)
     facts = Facts(
         recipe,
         source.family,

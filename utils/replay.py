@@ -80,7 +80,7 @@ def find_changes(run: PreparedRun, facts: Row) -> list[Difference]:
         "device_name": machine.device_name,
         "dtype": machine.dtype,
         "threads": machine.threads,
-        "versions": collect_versions(run.loaded.recipe.training.engine),
+        "versions": collect_versions(run.loaded.recipe.training.engine, machine.backend),
         "git": find_git_state(),
     }
     changes = find_environment_differences(facts, now)

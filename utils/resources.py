@@ -10,6 +10,7 @@ import numpy as np
 
 from config.recipe_io import LoadedRecipe
 from config.structured_config import Recipe
+from utils.backends import choose_backend
 from utils.downloads import DownloadStatus, find_download
 from utils.exceptions import Problem
 from utils.forecast import (
@@ -64,7 +65,7 @@ def plan_resources(
     Raises:
         MachineError: memory or disk cannot suffice.
     """
-    machine, shape = inspect_machine(), measure_shape(source)
+    machine, shape = inspect_machine(choose_backend(loaded.recipe, source.model_type)), measure_shape(source)
     if shape and loaded.recipe.training.silences_dropout:
         shape = silence(shape)
     download = find_download(loaded.recipe.model, loaded.find_origin("model.name"))

@@ -41,6 +41,7 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
     return {
         "status": "running",
         "recipe": earlier.get("recipe", run.loaded.name),
+        "backend": machine.backend,
         "engine": run.loaded.recipe.training.engine,
         "device": machine.device,
         "device_name": machine.device_name,
@@ -65,7 +66,7 @@ def collect_facts(run: PreparedRun) -> dict[str, Any]:
         "started": earlier.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(STARTED)),
         "resumes": earlier.get("resumes", 0) + 1 if run.resumption else 0,
         "tracking_id": earlier.get("tracking_id") or secrets.token_hex(4),
-        "versions": collect_versions(run.loaded.recipe.training.engine),
+        "versions": collect_versions(run.loaded.recipe.training.engine, machine.backend),
         "git": find_git_state(),
         **({key: earlier[key] for key in RECIPE_FACTS} if run.resumption else identify_recipe(run.loaded)),
     }

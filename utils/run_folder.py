@@ -24,7 +24,8 @@ from utils.model_source import ModelSource
 
 OUTPUTS = Path("outputs")
 LATEST = "latest"
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "tokenizers", "safetensors", "pydantic")
+PACKAGES = ("transformers", "numpy", "tokenizers", "safetensors", "pydantic")
+BACKEND_PACKAGES = {"torch": ("torch", "peft", "accelerate"), "mlx": ("mlx", "mlx-lm")}
 
 
 class RunFolder:
@@ -264,10 +265,10 @@ def find_run(asked: Path | None) -> RunFolder:
     return folder
 
 
-def collect_versions(engine: str = "tunebook") -> dict[str, str]:
-    """Python, platform and the packages that can change a result, of them TRL only where it is the engine."""
+def collect_versions(engine: str = "tunebook", backend: str = "torch") -> dict[str, str]:
+    """Python, platform and the packages that can change a result: those of the back end, and TRL where it is the engine."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in (*PACKAGES, *(() if engine == "tunebook" else (engine,))):
+    for name in (*BACKEND_PACKAGES[backend], *PACKAGES, *(() if engine == "tunebook" else (engine,))):
         versions[name] = importlib.metadata.version(name)
     return versions
 

@@ -60,6 +60,8 @@ def capture_generators() -> dict[str, Any]:
         "python": [encode(np.array(words, dtype="<u4")), gauss],
         "numpy": [encode(np.asarray(keys, dtype="<u4")), *rest],
     }
+    if mlx := sys.modules.get("mlx.core"):
+        states["mlx"] = [encode(np.array(key)) for key in mlx.random.state]
     if torch := sys.modules.get("torch"):
         states["torch"] = encode(torch.get_rng_state().numpy())
         if torch.cuda.is_available():
@@ -80,6 +82,9 @@ def restore_generators(states: Any) -> None:
         random.setstate((3, tuple(decode(words, "<u4").tolist()), gauss))
         keys, *rest = states["numpy"]
         np.random.set_state(("MT19937", decode(keys, "<u4"), *rest))
+        if mlx := sys.modules.get("mlx.core"):
+            for place, key in enumerate(states["mlx"]):
+                mlx.random.state[place] = mlx.array(decode(key, "<u4"))
         if torch := sys.modules.get("torch"):
             torch.set_rng_state(torch.from_numpy(decode(states["torch"], "u1")))
             if torch.cuda.is_available() and len(states.get("cuda", ())) == torch.cuda.device_count():

@@ -9,7 +9,7 @@ from typing import Any
 
 from config.recipe_io import LoadedRecipe
 from config.structured_config import DataSection, GenerationSection, ModelSection, Recipe
-from utils.backends import Backend, load_backend
+from utils.backends import Backend, choose_backend, load_backend
 from utils.batching import Ids, pad_prompts_left
 from utils.evaluation import load_trained_model
 from utils.exceptions import DataError, RecipeError
@@ -107,7 +107,7 @@ def load_run(folder: RunFolder, loaded: LoadedRecipe) -> LoadedModel:
         source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
         folder.check_base(source)
     tokenizer = open_run_tokenizer(loaded, source, folder)
-    backend = load_backend(recipe.backend)
+    backend = load_backend(choose_backend(recipe, source.model_type))
     SeedManager(recipe.seed).seed_everything()
     loaded_model = backend.load_model(source, recipe)
     model = loaded_model if is_whole else load_trained_model(backend, loaded_model, recipe, folder)
@@ -147,7 +147,7 @@ def load_plain(name: str, generation: GenerationSection | None = None) -> Loaded
         row_formats=() if loaded.chat_template else ("prompt_completion",),
         keeps_ending=source.is_reward,
     )
-    backend = load_backend(recipe.backend)
+    backend = load_backend(choose_backend(recipe, source.model_type))
     SeedManager(recipe.seed).seed_everything()
     return LoadedModel(backend, backend.load_model(source, recipe), tokenizer, recipe, source)
 

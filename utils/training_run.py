@@ -164,7 +164,8 @@ def may_not_fit(run: PreparedRun) -> bool:
     """True if `micro_batch_size` was chosen automatically and memory may not hold it: more than half of what is free is
     predicted to be needed, or nothing is."""
     is_automatic = run.loaded.origins.get("training.micro_batch_size", "").startswith("auto")
-    predicted, free = run.preflight.resources.memory, inspect_machine().available_bytes
+    backend = run.backend.describe_machine(run.model).backend
+    predicted, free = run.preflight.resources.memory, inspect_machine(backend).available_bytes
     return is_automatic and (predicted is None or free is None or predicted.total > free / 2)
 
 

@@ -88,7 +88,13 @@ def find_usual_length(lengths: Lengths, *, runs_flat: bool) -> int:
 def expect_flat(recipe: Recipe, shape: ModelShape, machine: Machine) -> bool:
     """True where the torch back end will compute no padding, as far as one can tell without the weights."""
     is_fused = not shape.anatomy.plain_attention
-    return machine.device == "cpu" and is_fused and not recipe.reward and not draws_numbers(recipe, shape)
+    return (
+        machine.device == "cpu"
+        and machine.backend == "torch"
+        and is_fused
+        and not recipe.reward
+        and not draws_numbers(recipe, shape)
+    )
 
 
 def count_training_workers(recipe: Recipe, shape: ModelShape, machine: Machine) -> int:

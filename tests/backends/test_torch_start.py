@@ -15,7 +15,7 @@ CHECK = """
 import sys, torch
 original = torch.compile
 from utils.backends import load_backend
-load_backend("auto")
+load_backend("torch")
 import bitsandbytes
 assert torch.compile is original
 assert "peft" in sys.modules

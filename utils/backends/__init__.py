@@ -16,16 +16,20 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from config.mlx_rules import find_mlx_obstacles
 from config.structured_config import GenerationSection, Recipe
 from utils.batching import Batch
 from utils.exceptions import MachineError
+from utils.machine import is_apple_silicon
+from utils.mlx_names import MLX_MODEL_TYPES
+from utils.mlx_support import check_mlx_installed, is_mlx_installed
 from utils.model_source import ModelSource
 
 if TYPE_CHECKING:
     from utils.training_loop import LoopParts
     from utils.training_state import TrainingState
 
-BackendName = Literal["torch"]
+BackendName = Literal["torch", "mlx"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class MachineFacts:
     """What a model runs on.
 
     Attributes:
-        device: `cuda`, `mps` or `cpu`.
+        device: `cuda`, `mps`, `metal` (MLX on Apple's GPU) or `cpu`.
         device_name: the hardware.
         dtype: number format of the frozen weights.
         memory_bytes: memory of the device in all.
@@ -98,6 +102,7 @@ class MachineFacts:
         quantization: how the frozen weights are stored, as in the recipe.
         runs_flat: forward passes compute no padding, so rows of any lengths may share one.
         threads: of each operation outside the workers.
+        backend: `torch` or `mlx`.
     """
 
     device: str
@@ -110,6 +115,7 @@ class MachineFacts:
     quantization: str = "none"
     runs_flat: bool = False
     threads: int = 1
+    backend: BackendName = "torch"
 
 
 @dataclass(frozen=True)
@@ -223,11 +229,30 @@ class Backend(Protocol):
         """Peak bytes so far."""
 
 
-def load_backend(name: Literal["auto", "torch"]) -> Backend:
-    """Imports a framework. On auto that is torch: CUDA, then MPS, then the CPU."""
-    chosen: BackendName = "torch" if name == "auto" else name
-    importlib.import_module(f"utils.backends.{chosen}_start")
-    return cast(Backend, importlib.import_module(f"utils.backends.{chosen}_backend"))
+def choose_backend(recipe: Recipe, model_type: str | None = None) -> BackendName:
+    """The back end that `backend: auto` means: MLX on Apple silicon, where it is there and has all that is asked for.
+
+    Args:
+        model_type: of the model; None where its files have not been looked at.
+    """
+    if recipe.backend != "auto":
+        return recipe.backend
+    if not is_apple_silicon() or not is_mlx_installed() or any(find_mlx_obstacles(recipe)):
+        # int4 is MLX's, and a recipe with it means MLX wherever that is there.
+        return "mlx" if recipe.model.quantization == "int4" else "torch"
+    return "mlx" if model_type is None or model_type in MLX_MODEL_TYPES else "torch"
+
+
+def load_backend(name: BackendName) -> Backend:
+    """Imports a framework.
+
+    Raises:
+        MachineError: it is not installed.
+    """
+    if name == "mlx":
+        check_mlx_installed("backend")
+    importlib.import_module(f"utils.backends.{name}_start")
+    return cast(Backend, importlib.import_module(f"utils.backends.{name}_backend"))
 
 
 class TrainWithEngine(Protocol):

@@ -18,6 +18,9 @@ from utils.backends.torch_decoding import decode, uses_slots
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_quantization import refuse_repacked
 from utils.batching import Batch, Ids, pad_prompts_left
+from utils.sliding_context import slide
+
+Answer = Callable[[TorchModel, list[int], GenerationSettings], Iterator[int]]
 
 
 def make_generation_inputs(model: TorchModel, batch: Batch, settings: GenerationSettings) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def generate(
     with torch.inference_mode():
         answers = {}
         for index in long:
-            answers[index] = list(slide(model, prompts[index].tolist(), settings, answer_once))
+            answers[index] = list(slide_over(model, prompts[index].tolist(), settings, answer_once))
             on_answer(len(answers[index]))
         if uses_slots(model.network):
             answers |= decode(model, {index: prompts[index] for index in fitting}, settings, batch_size, on_answer)
@@ -94,32 +97,19 @@ def make_prompt(ids: list[int], settings: GenerationSettings) -> Batch:
     return pad_prompts_left([np.array(ids, dtype=np.int64)], settings.pad_id)
 
 
-def slide(
-    model: TorchModel,
-    ids: list[int],
-    settings: GenerationSettings,
-    answer: Callable[[TorchModel, list[int], GenerationSettings], Iterator[int]],
-) -> Iterator[int]:
-    """New token ids beyond the last position: when the context is nearly full, its second half is the new prompt.
-
-    Learned positions end there, and rotary ones were never trained beyond. A window that slides by one token would compute all
-    of it anew for each token.
+def slide_over(model: TorchModel, ids: list[int], settings: GenerationSettings, answer: Answer) -> Iterator[int]:
+    """New token ids beyond the last position (`slide`).
 
     Args:
         answer: answers a prompt that fits.
     """
-    positions, left = model.network.config.max_position_embeddings, settings.generation.max_new_tokens
-    while left > 0:
-        ids = ids if len(ids) <= positions * 3 // 4 else ids[-(positions // 2) :]
-        count = min(left, positions - len(ids))
-        part = replace(settings, generation=settings.generation.model_copy(update={"max_new_tokens": count}))
-        new = []
-        for token in answer(model, ids, part):
-            new.append(token)
-            yield token
-        if len(new) < count:
-            return
-        ids, left = ids + new, left - count
+
+    def answer_part(ids: list[int], most: int) -> Iterator[int]:
+        generation = settings.generation.model_copy(update={"max_new_tokens": most})
+        return answer(model, ids, replace(settings, generation=generation))
+
+    positions = model.network.config.max_position_embeddings
+    return slide(ids, settings.generation.max_new_tokens, positions, answer_part)
 
 
 def cut_at_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
@@ -160,7 +150,7 @@ def stream(model: TorchModel, batch: Batch, settings: GenerationSettings) -> Ite
     """New token ids of a single prompt, one by one as they are sampled."""
     ids = batch.input_ids[0].tolist()
     if goes_beyond_context(model, len(ids), settings):
-        yield from slide(model, ids, settings, stream_once)
+        yield from slide_over(model, ids, settings, stream_once)
     else:
         yield from stream_once(model, ids, settings)
 

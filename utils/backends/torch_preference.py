@@ -31,8 +31,7 @@ from utils.backends.torch_model import TorchModel, run_side_by_side
 from utils.backends.torch_rewards import compute_rewards
 from utils.batching import Batch, count_answer_tokens
 from utils.exceptions import RunError
-
-Numbers = dict[str, float]
+from utils.methods.rewards import Numbers, average_rewards
 
 
 class Objective(Protocol):
@@ -162,22 +161,6 @@ def sum_rewards(recipe: Recipe, pairs: PairTerms) -> Numbers:
         "chosen_reward": float(rewards[:, 0].sum()),
         "rejected_reward": float(rewards[:, 1].sum()),
     }
-
-
-def average_rewards(sums: Numbers, pairs: int, answers: tuple[int, int]) -> Numbers:
-    """What is logged of `sum_rewards`: shares of rows, means over answers; what there is no answer for is left out.
-
-    Args:
-        pairs: rows that were summed over.
-        answers: chosen or desirable ones of them, and rejected or undesirable ones.
-
-    Returns:
-        `margin` (the difference of the two mean rewards), `accuracy`, `chosen_reward`, `rejected_reward`.
-    """
-    names = ("chosen_reward", "rejected_reward")
-    rewards = {name: sums[name] / count for name, count in zip(names, answers, strict=True) if count}
-    margin = {"margin": rewards["chosen_reward"] - rewards["rejected_reward"]} if all(answers) else {}
-    return {**margin, "accuracy": sums["accuracy"] / pairs, **rewards}
 
 
 def score_pairs(

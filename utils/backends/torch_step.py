@@ -16,10 +16,11 @@ from utils.backends.torch_dropout import draws_random_numbers
 from utils.backends.torch_gradients import SilentTensors, are_finite
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_optimizer import attach_noise, build_optimizer, enable_checkpointing, set_learning_rate
-from utils.backends.torch_preference import Numbers, average_rewards, make_objective
+from utils.backends.torch_preference import make_objective
 from utils.backends.torch_state import load_state, save_state
 from utils.batching import Batch, list_places, split_rows
 from utils.exceptions import OutOfMemory, TrainingError
+from utils.methods.rewards import Numbers, average_rewards
 
 
 class TorchTrainStep:

@@ -1,0 +1,257 @@
+"""What all parts of the MLX back end work on: a network of mlx-lm's with its machine, loaded from files of either layout."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
+from mlx_lm import utils as mlx_utils
+from mlx_lm.models import gemma, gemma2
+
+from config.structured_config import Recipe
+from utils.exceptions import ModelLoadingError
+from utils.logging import get_logger
+from utils.machine import TOKEN_BUDGETS, guess_device, measure_memory
+from utils.mlx_names import to_mlx_module
+from utils.mlx_support import is_stored_quantised, translate_config
+from utils.model_shape import refuse_oversized
+from utils.model_source import ModelSource
+
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+BITS = {"int8": 8, "int4": 4}
+GROUP_SIZES = (
+    64,
+    32,
+)  # weights that share a scale and an offset: MLX's own default, and half of it for narrow matrices
+# Freed buffers that MLX keeps for later ones, as a share of the memory: left alone, it keeps as much as the whole of it.
+CACHE_SHARE = 0.1
+LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, ArithmeticError, TypeError, AttributeError)
+
+
+@dataclass(frozen=True)
+class MlxModel:
+    """A network with the machine it lives on.
+
+    Attributes:
+        network: of mlx-lm's, adapters included.
+        source: the files of the base.
+        device: `metal` or `cpu`.
+        dtype_name: number format of the frozen weights.
+        quantization: how they are stored, as in the recipe; `int4` or `int8` also where the files were so already.
+        reasons: what was chosen automatically, and why.
+    """
+
+    network: nn.Module
+    source: ModelSource
+    device: str
+    dtype_name: str
+    quantization: str
+    reasons: tuple[str, ...]
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name in transformers."""
+        return self.source.model_type
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens that one forward pass should hold when micro_batch_size is auto."""
+        return TOKEN_BUDGETS[self.device]
+
+
+class TanhMlp(gemma.MLP):  # type: ignore[misc]  # mlx-lm ships no types
+    """Gemma's MLP with the approximate GELU that transformers and Gemma's own code have; mlx-lm's takes the exact one."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Shape (rows, length, hidden) in and out."""
+        product: mx.array = self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+        return product
+
+
+class GroupedAttention(gemma2.Attention):  # type: ignore[misc]  # mlx-lm ships no types
+    """Gemma 2's attention with a mask for each row of a batch.
+
+    mlx-lm's has an axis more where heads share keys, and so takes the rows of such a mask for heads: batched answers were
+    wrong.
+    """
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """Shape (rows, length, hidden) in and out; a mask has the shape (length, keys) or (rows, 1, length, keys)."""
+        is_for_rows = isinstance(mask, mx.array) and mask.ndim == 4 and self.repeats > 1
+        seen: mx.array = super().__call__(x, mask[:, :, None] if is_for_rows else mask, cache)
+        return seen
+
+
+def load_model(source: ModelSource, recipe: Recipe) -> MlxModel:
+    """Loads the base model onto Apple's GPU, or elsewhere the CPU, quantised where the recipe says so, ready to infer.
+
+    Raises:
+        ModelLoadingError: the files do not make a model.
+    """
+    device = guess_device("mlx")
+    mx.set_default_device(mx.gpu if device == "metal" else mx.cpu)
+    mx.set_cache_limit(int(CACHE_SHARE * measure_memory()[0]))
+    dtype_name, reasons = choose_dtype(recipe.model.dtype, device)
+    get_logger().info("Device: %s (%s) through MLX, %s", device, platform.machine(), "; ".join(reasons))
+    network = read_network(source)
+    network.set_dtype(DTYPES[dtype_name])
+    quantization: str = recipe.model.quantization
+    if is_stored_quantised(source.config):
+        quantization = f"int{source.config['quantization'].get('bits', 4)}"
+    elif quantization != "none":
+        quantize_layers(network, BITS[quantization])
+    network.freeze()
+    network.eval()
+    mx.eval(network.parameters())
+    return MlxModel(network, source, device, dtype_name, quantization, reasons)
+
+
+def choose_dtype(asked: str, device: str) -> tuple[str, tuple[str, ...]]:
+    """The number format of the frozen weights, with the reason where it was chosen here."""
+    if asked != "auto":
+        return asked, ()
+    if device == "metal":
+        return "bfloat16", ("dtype bfloat16: Apple's GPU computes it natively",)
+    return "float32", ("dtype float32: MLX computes bfloat16 on a CPU far slower",)
+
+
+def read_network(source: ModelSource) -> nn.Module:
+    """A network as mlx-lm builds and fills it, from the config as mlx-lm has to read it.
+
+    Raises:
+        ModelLoadingError: the files do not make a model.
+    """
+    refuse_oversized(source)
+    config = translate_config(source.config)
+    try:
+        network, _ = mlx_utils.load_model(
+            source.folder, lazy=True, model_config=config, get_model_classes=find_classes, trust_remote_code=False
+        )
+    except LOADING_ERRORS as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        fix = "use another copy of the model: config.json and weights must belong together"
+        message = f"mlx-lm cannot load the model: {' '.join(lines[:2])}"
+        raise ModelLoadingError(message, where=str(source.folder), fix=fix) from error
+    for layer in network.layers:
+        if source.model_type == "gemma":
+            layer.mlp.__class__ = TanhMlp
+        if source.model_type == "gemma2":
+            layer.self_attn.__class__ = GroupedAttention
+    return network
+
+
+def find_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], type]:
+    """mlx-lm's classes of an architecture, with a network that takes transformers' names of tensors."""
+    network_class, arguments_class = mlx_utils._get_classes(config)
+    model_type = str(config["model_type"])
+    sanitize: Callable[[Any, dict[str, mx.array]], dict[str, mx.array]] | None
+    sanitize = network_class.__dict__.get("sanitize")
+
+    class Network(network_class):  # type: ignore[misc, valid-type]  # its base is chosen at run time
+        """The architecture, filled from files in transformers' layout or in mlx-lm's."""
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            """Weights under mlx-lm's names; those of a head that shares the embedding's matrix are left out."""
+            if model_type == "gpt2":
+                return sanitize_gpt2(weights)
+            kept = {name: value for name, value in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+            kept = {to_mlx_module(model_type, name): value for name, value in kept.items()}
+            if config["tie_word_embeddings"]:
+                kept = {name: value for name, value in kept.items() if not name.startswith("lm_head.")}
+            return sanitize(self, kept) if sanitize else kept
+
+    return Network, arguments_class
+
+
+def sanitize_gpt2(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """GPT-2's weights under mlx-lm's names, and with the matrices of its Conv1D, which are inputs × outputs, turned round.
+
+    Files that mlx-lm has written begin all names with `model.`, and their matrices are turned already.
+    """
+    found = {}
+    for name, value in weights.items():
+        inner = name.removeprefix("transformer.").removeprefix("model.")
+        if inner == "lm_head.weight" or inner.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # the head is the embedding; the others are the causal mask
+        is_matrix = inner.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        found[f"model.{inner}"] = value.T if is_matrix and not name.startswith("model.") else value
+    return found
+
+
+def read_tensors(path: Path) -> dict[str, mx.array]:
+    """All tensors of a safetensors file, read when they are used.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    found = mx.load(str(path))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds no tensors")  # noqa: TRY004 - of the file, not of an argument
+    return found
+
+
+def read_network_weights(network: nn.Module, folder: Path) -> None:
+    """Fills a network from the files of a saved one, all of it.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or of another shape.
+    """
+    weights: dict[str, mx.array] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        weights |= read_tensors(path)
+    network.load_weights(list(network.sanitize(weights).items()), strict=True)
+    mx.eval(network.parameters())
+
+
+def quantize_layers(network: nn.Module, bits: int) -> None:
+    """Stores the linear modules of the layers in few bits; embedding and head stay as they are, as bitsandbytes leaves them.
+
+    A matrix whose rows no group size divides stays as it is, with a line in the log.
+    """
+    skipped = []
+
+    def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not isinstance(module, nn.Linear) or ("layers." not in path and ".h." not in path):
+            return False
+        size = next((size for size in GROUP_SIZES if module.weight.shape[-1] % size == 0), None)
+        if size is None:
+            skipped.append(path)
+            return False
+        return {"group_size": size, "bits": bits, "mode": "affine"}
+
+    nn.quantize(network, bits=bits, class_predicate=choose)
+    if skipped:
+        get_logger().warning("%d matrices stay unquantised: their width is no multiple of 32", len(skipped))
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """True for a linear module or an embedding in few bits."""
+    return isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+
+
+def count_values(network: nn.Module) -> int:
+    """Numbers in a network; of a quantised matrix those that its few bits stand for."""
+    packed = {name: module for name, module in network.named_modules() if is_quantised(module)}
+    total = sum(
+        module.weight.size * 32 // module.bits + ("bias" in module and module.bias.size) for module in packed.values()
+    )
+    for name, value in tree_flatten(network.parameters()):
+        if name.rpartition(".")[0] not in packed:
+            total += value.size
+    return int(total)
+
+
+def measure_peak_memory(model: MlxModel) -> int:
+    """Peak bytes so far: what MLX allocated on Apple's GPU, resident memory of the process elsewhere."""
+    if model.device == "metal":
+        return int(mx.get_peak_memory())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
