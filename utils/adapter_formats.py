@@ -20,6 +20,7 @@ import numpy as np
 from utils.adapter_source import PREFIX
 from utils.cache_entries import open_or_build
 from utils.cache_keys import hash_code, hash_facts
+from utils.logging import get_logger
 from utils.mlx_names import to_mlx_module
 from utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelSource, hash_file
 from utils.plain_adapters import (
@@ -140,7 +141,9 @@ def open_as_peft(folder: Path, source: ModelSource, where: str) -> Path:
         convert_to_peft(folder, source, entry, where)
         return {}
 
-    return open_or_build(hash_facts(facts), (ADAPTER_CONFIG, ADAPTER_WEIGHTS), build, kind="adapters")[0]
+    entry, _ = open_or_build(hash_facts(facts), (ADAPTER_CONFIG, ADAPTER_WEIGHTS), build, kind="adapters")
+    get_logger().info("%s is in mlx-lm's format; it is read through a copy in PEFT's, %s", folder, entry)
+    return entry
 
 
 def name_tensors(modules: Mapping[str, Factors], prefix: str, parts: Sequence[str]) -> dict[str, StoredTensor]:
