@@ -4,8 +4,10 @@
     python scripts/infer.py --prompts data/text_to_sql/eval.jsonl --out answers.jsonl
     python scripts/infer.py
     python scripts/infer.py --model embedded/smollm2-135m-instruct --prompt "What is the capital of France?"
+    python scripts/infer.py --model embedded/smollm2-135m-instruct --adapter my_adapter --prompt "Hello"
 
-Without --run or --model the latest run answers. Without a prompt a conversation starts: /reset forgets it, /exit ends it.
+Without --run or --model the latest run answers. Without a prompt a conversation starts: /reset forgets it, /exit ends it. An
+adapter may be in the format of PEFT or of mlx-lm; if a chat template lies beside it, that is what prompts are rendered with.
 In --prompt, \\n is a line break. A reward model (method: reward) scores the answers of --prompts instead of writing some.
 """
 
@@ -32,16 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = cli.make_parser(__doc__)
     which = parser.add_mutually_exclusive_group()
     cli.add_run_argument(which)
-    which.add_argument(
-        "--model", type=cli.read_name, metavar="NAME", help="a plain model instead: folder, hub id or embedded/<name>"
-    )
+    cli.add_base_arguments(parser, which)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="one prompt; the answer is streamed")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="rows (prompt or messages), or one prompt a line")
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --prompts: write JSONL here instead of printing")
     cli.add_override_argument(parser, "override a value of the run's recipe, such as generation.temperature=0.7")
     cli.add_trust_argument(parser)
-    options = parser.parse_args(arguments)
+    options = cli.parse_base_arguments(parser, arguments, both=False)
     if options.out and not options.prompts:
         parser.error("--out needs --prompts")
     folder = None if options.model else find_run(options.run)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from utils.session import judges_answers, load_plain, load_run, read_prompts
 
     def load() -> LoadedModel:
-        return load_run(folder, loaded) if folder and loaded else load_plain(options.model, generation)
+        return load_run(folder, loaded) if folder and loaded else load_plain(options.model, generation, options.adapter)
 
     if loaded.recipe.reward if loaded else judges_answers(options.model):
         cli.write_lines(score(options.prompts, options.model or str(folder and folder.path), load), options.out)

@@ -1,16 +1,18 @@
-"""Merge a run's adapter into its base model: a folder that every tool loads.
+"""Merge an adapter into its base model: a folder that every tool loads.
 
     python scripts/merge.py
     python scripts/merge.py --run outputs/smollm2_sql/2026-11-21_12-00-00 --out my_model
     python scripts/merge.py --compare
     python scripts/merge.py --base dequantized
+    python scripts/merge.py --model Qwen/Qwen2.5-0.5B-Instruct --adapter my_adapter --out my_model
 
 The weights go from file to file in a few megabytes of memory, without a framework. What was written is read back and rows of
 every changed tensor are computed anew; if they differ, nothing is left. --compare also loads both models and compares their
 predictions. What cannot be merged from file to file is merged in memory, with the reason, and always compared so.
 
 An adapter that was trained on a quantised base goes into the full-precision one, or with --base dequantized into the weights
-that the quantised base stands for. A run that trained all weights is copied in the number format of its base.
+that the quantised base stands for. A run that trained all weights is copied in the number format of its base. With --model an
+adapter of any run or tool is merged, in the format of PEFT or of mlx-lm, and the chat template beside it goes with it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -26,18 +29,49 @@ from utils import cli
 from utils.exceptions import AdapterError, RunError
 from utils.run_folder import find_run
 
+if TYPE_CHECKING:
+    import argparse
+
+    from utils.merge_sources import Trained
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Merges and verifies; returns the exit code."""
     parser = cli.make_parser(__doc__)
-    cli.add_run_argument(parser)
+    which = parser.add_mutually_exclusive_group()
+    cli.add_run_argument(which)
+    cli.add_base_arguments(parser, which)
     cli.add_trust_argument(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to create (default: merged/ in the run folder)")
     what = "of a quantised run: merge into the full-precision base (default), or into its dequantised weights"
     parser.add_argument("--base", choices=("full", "dequantized"), default="full", help=what)
     what = "also load base, adapter and merged model, and compare their predictions"
     parser.add_argument("--compare", action="store_true", help=what)
-    options = parser.parse_args(arguments)
+    options = cli.parse_base_arguments(parser, arguments, both=True)
+    if options.model and (not options.out or options.base == "dequantized"):
+        parser.error("--model needs --out, and has no --base dequantized")
+    # Our threads share out the rows; a BLAS that starts its own beside them takes twice as long. numpy reads this once.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    trained, target = open_adapter(options) if options.model else open_run(options)
+    from utils.merging import merge_run
+
+    merge = merge_run(trained, target, options.base, compare=options.compare)
+    print("\n".join(merge.describe(trained.recipe.model.quantization)))
+    print(f"Model folder: {target}")
+    print(f"Next: python scripts/infer.py --model {target}")
+    return 0
+
+
+def open_adapter(options: argparse.Namespace) -> tuple[Trained, Path]:
+    """The adapter of --adapter on the model of --model, and the folder to create."""
+    check_target(options.out)
+    from utils.merge_sources import open_plain_adapter
+
+    return open_plain_adapter(options.model, options.adapter), options.out
+
+
+def open_run(options: argparse.Namespace) -> tuple[Trained, Path]:
+    """What a run has trained, and the folder to create."""
     folder = find_run(options.run)
     loaded = folder.load_recipe(trusts_code=options.trusts_code)
     folder.check_complete()
@@ -48,23 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if loaded.recipe.scratch:
         message = "this run trained a new model: there is no base to merge with"
         raise AdapterError(message, where=str(folder.path), fix=f"use {folder.model}", code="no-adapter")
+    check_target(target)
+    from utils.merge_sources import open_trained_run
+
+    return open_trained_run(loaded, folder), target
+
+
+def check_target(target: Path) -> None:
+    """Refuses a folder that exists."""
     if target.exists():
         raise RunError("the folder exists already", where=str(target), fix="name another one with --out", code="exists")
-
-    # Our threads share out the rows; a BLAS that starts its own beside them takes twice as long. numpy reads this once.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from utils.merging import Trained, merge_run
-    from utils.model_source import find_model
-    from utils.run_tokenizer import open_run_tokenizer
-
-    source = find_model(loaded.recipe.model, loaded.find_origin("model.name"), with_weights=True)
-    folder.check_base(source)
-    tokenizer = open_run_tokenizer(loaded, source, folder)
-    merge = merge_run(Trained(loaded, source, folder, tokenizer), target, options.base, compare=options.compare)
-    print("\n".join(merge.describe(loaded.recipe.model.quantization)))
-    print(f"Model folder: {target}")
-    print(f"Next: python scripts/infer.py --model {target}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -441,6 +441,7 @@ def test_all_files_of_the_house_are_seen_by_these_tests() -> None:
 # Reached from the token path, but no token depends on them: messages, progress, downloads, and padding after the cache.
 BESIDE_THE_TOKENS = {
     "utils.adapter_changes",
+    "utils.adapter_formats",
     "utils.adapter_reader",
     "utils.adapter_source",
     "utils.backends.embedded_model",
@@ -453,9 +454,11 @@ BESIDE_THE_TOKENS = {
     "utils.hub",
     "utils.logging",
     "utils.merge_plan",
+    "utils.mlx_names",
     "utils.model_headers",
     "utils.model_safety",
     "utils.model_source",
+    "utils.plain_adapters",
     "utils.problem_log",
     "utils.progress",
     "utils.tensor_files",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.exceptions import AdapterError, ModelLoadingError, RecipeError
 from utils.model_headers import read_json_object
 from utils.model_safety import check_links
 from utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelSource
+
+if TYPE_CHECKING:
+    from utils.tensor_files import StoredTensor
 
 MAX_CONFIG_BYTES = 10_000_000
 # Keys of adapter_config.json with which a file has peft do more than put matrices on modules: what they do.
@@ -30,13 +33,34 @@ def find_adapter(name: str, source: ModelSource, where: str) -> Path:
     """Finds the folder of `model.adapter` and checks that it can be folded into this base.
 
     Args:
-        name: an adapter folder in PEFT's format, or a run folder that holds one.
+        name: an adapter folder in the format of PEFT or of mlx-lm, or a run folder that holds one.
         source: the base model.
         where: `file:line` of model.adapter.
+
+    Returns:
+        The folder in PEFT's format; of an adapter of mlx-lm's, a converted copy in the cache.
 
     Raises:
         RecipeError: no such folder, or one without an adapter.
         AdapterError: not safetensors, not LoRA, with tokens of its own, or made for another model.
+    """
+    from utils.adapter_formats import is_mlx_adapter, open_as_peft
+
+    given = locate_adapter(name, where)
+    folder = open_as_peft(given, source, where) if is_mlx_adapter(given) else given
+    check_files(folder, where)
+    check_kind(folder, where)
+    check_base(given, source, where)
+    check_fit(folder, source, where)
+    return folder
+
+
+def locate_adapter(name: str, where: str) -> Path:
+    """The folder that holds adapter_config.json, in whichever format.
+
+    Raises:
+        RecipeError: no such folder, or one without an adapter.
+        AdapterError: a link leads out of it.
     """
     asked = Path(name).expanduser()
     folder = asked / "adapter" if (asked / "adapter" / ADAPTER_CONFIG).is_file() else asked
@@ -45,10 +69,6 @@ def find_adapter(name: str, source: ModelSource, where: str) -> Path:
         fix = what or f"name a run folder that trained with a lora section, or a folder with {ADAPTER_CONFIG}"
         raise RecipeError(f"there is no adapter in {name!r}", where=where, fix=fix, code="no-adapter")
     check_links(folder, AdapterError)
-    check_files(folder, where)
-    check_kind(folder, where)
-    check_base(folder, source, where)
-    check_fit(folder, source, where)
     return folder
 
 
@@ -57,7 +77,7 @@ def check_files(folder: Path, where: str) -> None:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         is_pickle = (folder / "adapter_model.bin").is_file()
         message = f"the adapter {'is a pickle (.bin)' if is_pickle else 'has no weights'}"
-        fix = f"save it with save_pretrained: the folder then holds {ADAPTER_WEIGHTS}"
+        fix = f"save it with save_pretrained, or with mlx_lm.lora: it then holds {ADAPTER_WEIGHTS} or adapters.safetensors"
         raise AdapterError(message, where=where, fix=fix, code="adapter-files")
 
 
@@ -76,12 +96,7 @@ def read_adapter_config(folder: Path, where: str) -> dict[str, Any]:
         AdapterError: not LoRA, a start that changes the base, a key that names code to import, or a rank beyond that of the
             weights: peft makes the matrices of that rank before it reads a number.
     """
-    try:
-        config = read_json_object(folder / ADAPTER_CONFIG, where, MAX_CONFIG_BYTES)
-    except ModelLoadingError as error:
-        raise AdapterError(
-            error.problems[0].message, where=where, fix="copy the folder again", code="damaged"
-        ) from error
+    config = read_adapter_json(folder, where)
     if config.get("peft_type") != "LORA":
         message = f"the adapter is of the type {config.get('peft_type')!r}, and only LoRA is read here"
         raise AdapterError(message, where=where, fix="name a LoRA adapter", code="adapter-kind")
@@ -99,6 +114,20 @@ def read_adapter_config(folder: Path, where: str) -> dict[str, Any]:
     return config
 
 
+def read_adapter_json(folder: Path, where: str) -> dict[str, Any]:
+    """adapter_config.json as it stands there.
+
+    Raises:
+        AdapterError: it cannot be read.
+    """
+    try:
+        return read_json_object(folder / ADAPTER_CONFIG, where, MAX_CONFIG_BYTES)
+    except ModelLoadingError as error:
+        raise AdapterError(
+            error.problems[0].message, where=where, fix="copy the folder again", code="damaged"
+        ) from error
+
+
 def read_pattern(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     """What `rank_pattern` or `alpha_pattern` says: regular expression → number."""
     pattern = config.get(name) or {}
@@ -111,7 +140,7 @@ def read_pattern(config: Mapping[str, Any], name: str, where: str) -> dict[str, 
 def check_numbers(config: Mapping[str, Any], where: str) -> None:
     """Every alpha is a finite number: the sum of base and adapter would be none."""
     for alpha in (config.get("lora_alpha"), *read_pattern(config, "alpha_pattern", where).values()):
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
             message = f"adapter_config.json says {alpha!r} where a number should stand (lora_alpha, alpha_pattern)"
             raise AdapterError(message, where=where, fix="use another copy of the adapter", code="adapter-kind")
 
@@ -155,7 +184,8 @@ def check_base(folder: Path, source: ModelSource, where: str) -> None:
         AdapterError: other weights, or a base that had an adapter folded in itself.
     """
     facts_file = folder.parent / "run.json"
-    if folder.name != "adapter" or not facts_file.is_file() or not source.list_weight_files():
+    # `export.py` writes adapter_mlx and adapter_peft beside a run's adapter.
+    if not folder.name.startswith("adapter") or not facts_file.is_file() or not source.list_weight_files():
         return
     facts = read_json_object(facts_file, where, MAX_CONFIG_BYTES)
     if facts.get("model_hash") not in (None, source.hash_weights()):
@@ -189,15 +219,24 @@ def check_fit(folder: Path, source: ModelSource, where: str) -> None:
 
 
 def read_shapes(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor of an adapter, from the checked header of its file."""
+    """Name → shape of every tensor of an adapter in PEFT's format, from the checked header of its file."""
+    return {tensor.name: tensor.shape for tensor in read_tensors(folder / ADAPTER_WEIGHTS, where)}
+
+
+def read_tensors(path: Path, where: str) -> tuple[StoredTensor, ...]:
+    """What the header of an adapter's weights says, checked.
+
+    Raises:
+        AdapterError: damaged, or numbers that are not known.
+    """
     from utils.tensor_files import ITEM_BYTES, read_tensor_file
 
     try:
-        tensors = read_tensor_file(folder / ADAPTER_WEIGHTS).tensors
+        tensors = read_tensor_file(path).tensors
     except ModelLoadingError as error:
         message = f"the adapter's weights are damaged: {error.problems[0].message}"
         raise AdapterError(message, where=where, fix="copy the folder again", code="damaged") from error
     if odd := next((tensor for tensor in tensors if tensor.dtype not in ITEM_BYTES), None):
         message = f"the adapter's weights are damaged: {odd.name} has the number format {odd.dtype}"
         raise AdapterError(message, where=where, fix="copy the folder again", code="damaged")
-    return {tensor.name: tensor.shape for tensor in tensors}
+    return tensors

@@ -24,25 +24,26 @@ FACTS = "facts.json"
 UNUSED_DAYS = 30
 
 
-def find_cache_entry(key: str) -> Path:
+def find_cache_entry(key: str, kind: str = "tokens") -> Path:
     """Folder of the entry with this key, whether it exists or not."""
-    return get_cache_folder() / "tokens" / key
+    return get_cache_folder() / kind / key
 
 
 def open_or_build(
-    key: str, names: Sequence[str], build: Callable[[Path], dict[str, Any]]
+    key: str, names: Sequence[str], build: Callable[[Path], dict[str, Any]], kind: str = "tokens"
 ) -> tuple[Path, dict[str, Any]]:
     """Finds the folder of a key, or builds it.
 
     Args:
         key: names everything that the content depends on.
-        names: Arrow files that the folder must hold.
+        names: files that the folder must hold.
         build: writes them into an empty folder and returns facts about them; what it raises leaves nothing behind.
+        kind: folder of the cache that such entries are in.
 
     Returns:
         The folder and its facts.
     """
-    target = find_cache_entry(key)
+    target = find_cache_entry(key, kind)
     if (facts := read_facts(target, names)) is not None:
         os.utime(target)
         return target, facts
@@ -56,7 +57,7 @@ def open_or_build(
         publish(temporary, target, names)
     except OSError as error:
         fix = "free some space, or set TUNEBOOK_CACHE to a folder elsewhere"
-        message = f"the token cache cannot be written: {error.strerror or error}"
+        message = f"the cache of {kind} cannot be written: {error.strerror or error}"
         raise MachineError(message, where=str(target.parent), fix=fix, code="disk") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 UTILS = Path(__file__).parent
 # Libraries whose kernels decide how a forward pass rounds.
@@ -15,6 +17,11 @@ FORWARD_LIBRARIES = ("torch", "transformers", "peft")
 def hash_code(paths: Sequence[str]) -> list[str]:
     """SHA-256 of our own modules, named as paths below utils/."""
     return [hashlib.sha256((UTILS / path).read_bytes()).hexdigest() for path in paths]
+
+
+def hash_facts(facts: dict[str, Any]) -> str:
+    """Name of a cache entry that depends on these facts and nothing else."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
 
 
 def hash_project() -> str:

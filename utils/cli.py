@@ -69,6 +69,30 @@ def add_run_argument(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder under outputs/ (default: the latest run)")
 
 
+def add_base_arguments(parser: argparse._ActionsContainer, which: argparse._ActionsContainer) -> None:
+    """Adds `--model` beside `--run`, and `--adapter`, in either format."""
+    text = "a model that is no run: folder, hub id or embedded/<name>"
+    which.add_argument("--model", type=read_name, metavar="NAME", help=text)
+    text = "with --model: an adapter on it, in the format of PEFT or mlx-lm, or the run that trained one"
+    parser.add_argument("--adapter", type=read_name, metavar="DIR", help=text)
+
+
+def parse_base_arguments(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, *, both: bool
+) -> argparse.Namespace:
+    """Parses, and sees to it that an adapter has the model that it stands on.
+
+    Args:
+        both: a model is of no use here without an adapter.
+    """
+    options = parser.parse_args(arguments)
+    if options.adapter and not options.model:
+        parser.error("--adapter needs --model: the base that it was trained on")
+    if both and options.model and not options.adapter:
+        parser.error("--model needs --adapter")
+    return options
+
+
 def add_trust_argument(parser: argparse.ArgumentParser) -> None:
     """Adds `--trust-remote-code` to scripts that open a run: its recipe alone cannot switch code on."""
     text = "let Python code run that comes with the run's model, where its recipe asks for that"

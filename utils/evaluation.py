@@ -123,7 +123,8 @@ def load_trained_model(backend: Backend, base: Any, recipe: Recipe, folder: RunF
     """
     if folder.adapter.is_dir():
         adapted = backend.load_adapter(base, folder.adapter)
-        return adapted if recipe.model.quantization != "none" else backend.merge_adapter(adapted)
+        is_quantised = backend.describe_machine(base).quantization != "none"  # by the recipe, or by the files
+        return adapted if is_quantised else backend.merge_adapter(adapted)
     whole = find_model(ModelSection(name=str(folder.model)), str(folder.path), with_weights=True)
     return backend.load_model(whole, recipe)
 

@@ -10,24 +10,22 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from config.recipe_io import LoadedRecipe
-from config.structured_config import Recipe
+from config.structured_config import ModelSection, Recipe
 from utils.adapter_changes import NeedsFramework
 from utils.added_tokens import find_added_ids
 from utils.atomic_files import write_folder_atomically
 from utils.backends import Backend, choose_backend, load_backend
 from utils.batching import Batch, pad_prompts_left
-from utils.evaluation import load_trained_model
 from utils.exceptions import AdapterError, RunError
 from utils.logging import get_logger
 from utils.memory import show_bytes
 from utils.merge_checks import MergeCheck, check_merge
 from utils.merge_companions import plan_config, save_companions, save_config
 from utils.merge_plan import MergePlan, plan_copy, plan_merge
+from utils.merge_sources import Trained
 from utils.model_safety import strip_code_keys
-from utils.model_source import ModelSource, read_config
+from utils.model_source import ModelSource, find_model, read_config
 from utils.progress import Progress
-from utils.run_folder import RunFolder
 from utils.streaming_merge import write_plan
 from utils.tokenizer_files import load_tokenizer
 from utils.tokenizer_utils import TokenizerUtils
@@ -93,22 +91,6 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A finished run and all that it takes to load it.
-
-    Attributes:
-        source: the base model.
-        folder: holds adapter/ or model/.
-        tokenizer: with the run's template and added tokens.
-    """
-
-    loaded: LoadedRecipe
-    source: ModelSource
-    folder: RunFolder
-    tokenizer: TokenizerUtils
-
-
-@dataclass(frozen=True)
 class StreamedMerge:
     """A merge that is decided: the weight files, and config.json."""
 
@@ -158,7 +140,7 @@ def merge_run(run: Trained, target: Path, base: BaseName = "full", *, compare: b
 
 def open_backend(run: Trained) -> Backend:
     """The framework that loads the run's model."""
-    return load_backend(choose_backend(run.loaded.recipe, run.source.model_type))
+    return load_backend(choose_backend(run.recipe, run.source.model_type))
 
 
 def plan_streaming(run: Trained, base: BaseName) -> StreamedMerge:
@@ -168,19 +150,19 @@ def plan_streaming(run: Trained, base: BaseName) -> StreamedMerge:
         NeedsFramework: it cannot be done without one.
         AdapterError: the adapter does not fit.
     """
-    recipe, source = run.loaded.recipe, run.source
+    recipe, source = run.recipe, run.source
     if base == "dequantized":
         raise NeedsFramework("only the library that quantised the base knows what it stands for")
-    if not run.folder.adapter.is_dir():
+    if not run.is_adapter:
         dtype = find_stored_dtype(source)
-        config = read_config(run.folder.model, str(run.folder.model))
+        config = read_config(run.folder, str(run.folder))
         if not recipe.model.trust_remote_code:
             config, _ = strip_code_keys(config)
-        return StreamedMerge(plan_copy(run.folder.model, dtype), {**config, "dtype": dtype})
+        return StreamedMerge(plan_copy(run.folder, dtype), {**config, "dtype": dtype})
     added_ids: tuple[int, ...] = ()
     if recipe.data.added_tokens:
         added_ids = find_added_ids(load_tokenizer(source.folder), recipe.data.added_tokens)
-    adapters = [*([source.adapter] if source.adapter else []), run.folder.adapter]
+    adapters = [*([source.adapter] if source.adapter else []), run.folder]
     weights = plan_merge(source, adapters, added_ids, recipe.reward is not None)
     return StreamedMerge(weights, plan_config(source, run.tokenizer, weights.vocabulary, recipe.reward is not None))
 
@@ -204,9 +186,9 @@ class Comparison:
 
     def __init__(self, backend: Backend, run: Trained, base: BaseName) -> None:
         """Loads base and adapter, and computes what they predict."""
-        model = run.loaded.recipe.model
+        model = run.recipe.model
         plain = model.model_copy(update={"quantization": "none"})
-        self.backend, self.plain = backend, run.loaded.recipe.model_copy(update={"model": plain})
+        self.backend, self.plain = backend, run.recipe.model_copy(update={"model": plain})
         self.batch = make_probe_batch(run.tokenizer)
         quantised = model.quantization != "none"
         self.trained = compute_trained_logits(backend, run, self.batch) if quantised else None
@@ -250,10 +232,10 @@ def merge_on_backend(backend: Backend, run: Trained, target: Path, base: BaseNam
 
 def describe_base(run: Trained, base: BaseName) -> str:
     """What the adapter was folded into, in words."""
-    if not run.folder.adapter.is_dir():
+    if not run.is_adapter:
         return "a copy: all weights were trained"
     if base == "dequantized":
-        return f"into what {run.loaded.recipe.model.quantization} made of the base"
+        return f"into what {run.recipe.model.quantization} made of the base"
     return "into the full-precision base"
 
 
@@ -261,21 +243,21 @@ def load_adapted(backend: Backend, run: Trained, plain: Recipe, base: BaseName) 
     """Base with adapter as it is going to be merged; the whole model if all was trained.
 
     Args:
-        plain: the recipe with a base that is not quantised.
+        plain: the recipe, most often with a base that is not quantised.
     """
-    if not run.folder.adapter.is_dir():
-        return load_trained_model(backend, None, plain, run.folder)
+    if not run.is_adapter:
+        whole = find_model(ModelSection(name=str(run.folder)), str(run.folder), with_weights=True)
+        return backend.load_model(whole, plain)
     if base == "dequantized":
-        model = backend.dequantize(backend.load_model(run.source, run.loaded.recipe))
+        model = backend.dequantize(backend.load_model(run.source, run.recipe))
     else:
         model = backend.load_model(run.source, plain)
-    return backend.load_adapter(model, run.folder.adapter)
+    return backend.load_adapter(model, run.folder)
 
 
 def compute_trained_logits(backend: Backend, run: Trained, batch: Batch) -> npt.NDArray[np.float32]:
     """What the run's model predicts as it was trained: the quantised base with the adapter beside it."""
-    base = backend.load_model(run.source, run.loaded.recipe)
-    return backend.compute_logits(backend.load_adapter(base, run.folder.adapter), batch)
+    return backend.compute_logits(load_adapted(backend, run, run.recipe, "full"), batch)
 
 
 def find_stored_dtype(source: ModelSource) -> str:

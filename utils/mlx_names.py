@@ -1,7 +1,7 @@
 """Which architectures the MLX back end supports, and what mlx-lm calls their modules: names only, no framework.
 
-`MLX_MODEL_TYPES`, `to_mlx_module` and `to_transformers_module` are all there is. Names are those of mlx-lm 0.32.2 and
-transformers 5.23; tests/utils/test_mlx_names.py builds a model of each type on both sides and compares them.
+`MLX_MODEL_TYPES`, `to_mlx_module`, `to_transformers_module`, `name_mlx_layers` and `HEADLESS_TYPES` are all there is. Names are
+those of mlx-lm 0.32.2 and transformers 5.23; tests/utils/test_adapter_formats.py compares a model of each type on both sides.
 """
 
 from __future__ import annotations
@@ -38,3 +38,8 @@ def swap_outermost(name: str, old: str, new: str) -> str:
     """Renames the outermost module of a name; other names stay."""
     outermost, dot, rest = name.partition(".")
     return f"{new}{dot}{rest}" if outermost == old else name
+
+
+def name_mlx_layers(model_type: str) -> str:
+    """mlx-lm's name of the list of layers: names inside a layer, as in `lora_parameters.keys`, begin behind its number."""
+    return "model.h" if model_type == "gpt2" else "model.layers"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -16,7 +14,7 @@ import numpy as np
 from config.recipe_io import LoadedRecipe, locate_problems
 from config.structured_config import DataSection, Recipe, ScratchSection
 from utils.cache_entries import open_or_build
-from utils.cache_keys import hash_code
+from utils.cache_keys import hash_code, hash_facts
 from utils.data_sources import find_sources
 from utils.exceptions import DataError
 from utils.logging import get_logger
@@ -125,11 +123,6 @@ def open_new_model(loaded: LoadedRecipe, hashes: SourceHashes) -> ModelSource:
     get_logger().info("Tokenizer: %s, %d tokens, trained on the whole corpus", scratch.tokenizer, size)
     config = scratch.to_model_config(size, tokenizer.token_to_id(END_OF_TEXT))
     return ModelSource(recipe.model.name, folder, config, seed=recipe.seed)
-
-
-def hash_facts(facts: dict[str, Any]) -> str:
-    """Name of a cache entry that depends on these facts and nothing else."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
 
 
 def prepare_windows(loaded: LoadedRecipe, tokenizer: TokenizerUtils, hashes: SourceHashes) -> PreparedData:

@@ -9,11 +9,15 @@ from typing import Any
 
 from config.recipe_io import LoadedRecipe
 from config.structured_config import DataSection, GenerationSection, ModelSection, Recipe
+from utils.adapter_formats import CHAT_TEMPLATE
+from utils.adapter_source import read_adapter_config
 from utils.backends import Backend, choose_backend, load_backend
 from utils.batching import Ids, pad_prompts_left
 from utils.evaluation import load_trained_model
-from utils.exceptions import DataError, RecipeError
+from utils.exceptions import AdapterError, DataError, RecipeError
+from utils.file_lines import read_utf8
 from utils.inference import Responder, make_settings
+from utils.logging import get_logger
 from utils.messages import Message, check_message, check_text
 from utils.model_shape import find_positions
 from utils.model_source import EMBEDDED_PREFIX, ModelSource, find_model
@@ -122,14 +126,35 @@ def judges_answers(name: str) -> bool:
     )
 
 
-def load_plain(name: str, generation: GenerationSection | None = None) -> LoadedModel:
+def load_plain(name: str, generation: GenerationSection | None = None, adapter: str | None = None) -> LoadedModel:
     """Loads a model that is no run: a merged folder, a local model, a hub id or an embedded one.
+
+    Args:
+        adapter: folder of an adapter that is folded in, in the format of PEFT or of mlx-lm.
 
     Raises:
         RecipeError: settings of generation for a reward model.
+        AdapterError: the adapter does not fit.
     """
-    section = ModelSection(name=name)
-    source = find_model(section, "--model", with_weights=True)
+    recipe, source, tokenizer = open_plain(name, generation, adapter)
+    backend = load_backend(choose_backend(recipe, source.model_type))
+    SeedManager(recipe.seed).seed_everything()
+    return LoadedModel(backend, backend.load_model(source, recipe), tokenizer, recipe, source)
+
+
+def open_plain(
+    name: str, generation: GenerationSection | None, adapter: str | None
+) -> tuple[Recipe, ModelSource, TokenizerUtils]:
+    """A model that is no run, before its weights are loaded.
+
+    Returns:
+        A recipe that says no more than that, the files with the adapter, and the tokenizer: with the template beside the
+        adapter if there is one, else with the model's own.
+
+    Raises: as `load_plain`.
+    """
+    section = ModelSection(name=name, adapter=adapter)
+    source = find_model(section, "--model", with_weights=True, adapter_where="--adapter")
     values: dict[str, Any] = {"model": section, "data": DataSection(train="unused")}
     if source.is_reward:
         if generation and generation.model_fields_set:
@@ -140,6 +165,8 @@ def load_plain(name: str, generation: GenerationSection | None = None) -> Loaded
         values |= {"training": {"method": "sft"}, "generation": generation or GenerationSection()}
     recipe = Recipe(**values)
     loaded = load_tokenizer(source.folder)
+    if source.adapter and (template := read_adapter_template(source.adapter)) is not None:
+        loaded.chat_template = template
     # A model without a template of its own gets the prompt as it is.
     tokenizer = TokenizerUtils(
         loaded,
@@ -147,9 +174,24 @@ def load_plain(name: str, generation: GenerationSection | None = None) -> Loaded
         row_formats=() if loaded.chat_template else ("prompt_completion",),
         keeps_ending=source.is_reward,
     )
-    backend = load_backend(choose_backend(recipe, source.model_type))
-    SeedManager(recipe.seed).seed_everything()
-    return LoadedModel(backend, backend.load_model(source, recipe), tokenizer, recipe, source)
+    return recipe, source, tokenizer
+
+
+def read_adapter_template(folder: Path) -> str | None:
+    """The chat template that an adapter was trained with, if it lies beside it.
+
+    Raises:
+        AdapterError: the adapter makes a reward model of its base.
+        DataError: the template cannot be read.
+    """
+    if read_adapter_config(folder, "--adapter").get("task_type") == "SEQ_CLS":
+        fix = "name its run with --run"
+        raise AdapterError("the adapter is of a reward model", where="--adapter", fix=fix, code="adapter-kind")
+    path = folder / CHAT_TEMPLATE
+    if not path.is_file():
+        return None
+    get_logger().info("Prompts are rendered with the template that lies beside the adapter")
+    return read_utf8(path)
 
 
 def read_prompts(path: Path) -> list[list[Message]]:

@@ -92,7 +92,8 @@ def read_tensor_file(path: Path) -> TensorFile:
     data = LENGTH_BYTES + len(content)
     try:
         entries: dict[str, Any] = dict(json.loads(content, object_pairs_hook=refuse_repeated_keys))
-        metadata = entries.pop("__metadata__", {})
+        metadata = entries.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata  # mlx writes null where it has none
         if not isinstance(metadata, dict):
             raise TypeError("__metadata__ is no table")
         found = [read_entry(path, name, entry, data) for name, entry in entries.items()]

@@ -17,7 +17,8 @@ from config.structured_config import ModelSection
 from utils.backends import torch_backend
 from utils.batching import pad_rows
 from utils.exceptions import AdapterError
-from utils.merging import Merge, Trained, measure_drift, merge_run
+from utils.merge_sources import Trained
+from utils.merging import Merge, measure_drift, merge_run
 from utils.model_source import find_model
 from utils.run_folder import RunFolder
 from utils.tokenizer_files import load_tokenizer
@@ -64,7 +65,7 @@ def test_a_merge_that_loses_the_adapter_to_rounding_is_refused_and_leaves_nothin
     torch_backend.save_weights(model, folder.adapter)
     tokenizer = TokenizerUtils(load_tokenizer(base))
     with pytest.raises(AdapterError, match="drifts"):
-        merge_run(Trained(loaded, source, folder, tokenizer), tmp_path / "merged", compare=True)
+        merge_run(Trained(loaded.recipe, source, folder.adapter, True, tokenizer), tmp_path / "merged", compare=True)
     assert not list(tmp_path.glob("*merged*"))
 
 
@@ -89,7 +90,7 @@ def finish_run(base: Path, folder: Path, body: dict[str, Any]) -> Trained:
     target = run.adapter if loaded.recipe.lora else run.model
     torch_backend.save_weights(model, target)
     tokenizer.save(target)
-    return Trained(loaded, source, run, tokenizer)
+    return Trained(loaded.recipe, source, target, loaded.recipe.lora is not None, tokenizer)
 
 
 @pytest.mark.slow
@@ -129,7 +130,7 @@ def test_a_run_that_trained_all_weights_is_copied_in_the_number_format_of_its_ba
     assert merge.check is not None
     assert merge.trained_drift is None
     copied = load_file(tmp_path / "merged" / "model.safetensors")
-    trained = load_file(run.folder.model / "model.safetensors")
+    trained = load_file(run.folder / "model.safetensors")
     assert copied.keys() == trained.keys()
     for name, tensor in trained.items():
         assert tensor.dtype == torch.float32

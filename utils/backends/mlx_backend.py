@@ -26,17 +26,33 @@ from utils.backends.mlx_losses import (
     compute_dpo_losses,
     compute_pair_log_probs,
     compute_token_losses,
+    place_batch,
     sum_rewards,
 )
-from utils.backends.mlx_model import MlxModel, count_values
-from utils.backends.mlx_model import load_model as load_model
+from utils.backends.mlx_model import MlxModel, count_values, load_base
 from utils.backends.mlx_model import measure_peak_memory as measure_peak_memory
 from utils.backends.mlx_step import as_array
 from utils.backends.mlx_step import make_step as make_step
-from utils.batching import Batch, count_answer_tokens
+from utils.batching import Batch
 from utils.exceptions import RunError
+from utils.logging import get_logger
 from utils.machine import count_cores, measure_memory
 from utils.methods.rewards import average_rewards
+from utils.model_source import ModelSource
+
+
+def load_model(source: ModelSource, recipe: Recipe) -> MlxModel:
+    """Loads the base model onto the machine, with its adapter folded in, ready to infer.
+
+    Raises:
+        ModelLoadingError: the files do not make a model.
+        AdapterError: the adapter that is folded in does not fit.
+    """
+    model = load_base(source, recipe)
+    if source.adapter is None:
+        return model
+    get_logger().info("model.adapter: %s is folded into the base; what is trained on it needs both", source.adapter)
+    return merge_adapter(load_adapter(model, source.adapter))
 
 
 def describe_machine(model: MlxModel) -> MachineFacts:
@@ -73,7 +89,7 @@ def evaluate(
     model.network.eval()
     found: list[tuple[float, int]] = []
     for batch in batches:
-        losses = np.array(compute_token_losses(model, batch), dtype=np.float64)
+        losses = np.array(compute_token_losses(model.network, place_batch(batch)), dtype=np.float64)
         ends = np.cumsum(batch.loss_mask.sum(axis=1))
         found += [(float(part.sum()), len(part)) for part in np.split(losses, ends[:-1])]
         on_batch(len(batch.lengths))
@@ -87,7 +103,7 @@ def score_pairs(
     model.network.eval()
     found = [np.zeros((0, 2))]
     for batch in batches:
-        found.append(np.array(compute_pair_log_probs(model, batch, count_answer_tokens(batch)), dtype=np.float64))
+        found.append(np.array(compute_pair_log_probs(model.network, place_batch(batch)), dtype=np.float64))
         on_batch(len(batch.lengths))
     return np.concatenate(found)
 

@@ -4,43 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
+from utils.seed_manager import join_key
 
-class NoisyEmbedding(nn.Embedding):  # type: ignore[misc]  # mypy does not follow mlx
-    """An embedding with NEFTune's noise (arXiv 2310.05914, section 2): uniform, scaled by alpha / sqrt(length × width).
+
+@dataclass
+class Noise:
+    """NEFTune's noise (arXiv 2310.05914, section 2): uniform, scaled by alpha / sqrt(length × width).
 
     Attributes:
-        alpha: strength of the noise.
         lengths: real tokens of each row of the next pass, shape (rows,).
     """
 
+    alpha: float
+    lengths: mx.array
+
+
+class NoisyEmbedding(nn.Embedding):  # type: ignore[misc]  # mypy does not follow mlx
+    """An embedding with noise on what it gives in training.
+
+    Attributes:
+        noise: an object of ours, because MLX takes an array among a module's attributes for a weight.
+    """
+
     def __call__(self, ids: mx.array) -> mx.array:
-        """Shape (rows, length) → (rows, length, width); without noise outside training."""
+        """Shape (rows, length) → (rows, length, width)."""
         vectors: mx.array = super().__call__(ids)
         if not self.training:
             return vectors
-        scale = self.alpha / mx.sqrt(self.lengths * vectors.shape[-1])
+        scale = self.noise.alpha / mx.sqrt(self.noise.lengths * vectors.shape[-1])
         noise = mx.random.uniform(-1, 1, vectors.shape).astype(vectors.dtype)
         noisy: mx.array = vectors + noise * scale[:, None, None].astype(vectors.dtype)
         return noisy
 
 
-def attach_noise(network: nn.Module, alpha: float | None) -> NoisyEmbedding | None:
-    """Puts NEFTune's noise on the embeddings, where a recipe asks for it."""
+def attach_noise(network: nn.Module, alpha: float | None) -> Noise | None:
+    """Puts NEFTune's noise on the embeddings, where a recipe asks for it; who computes a pass gives it the lengths first."""
     if alpha is None:
         return None
     body = network.model
     embedding = body.wte if "wte" in body else body.embed_tokens
     kind = type(embedding)
     embedding.__class__ = type(f"Noisy{kind.__name__}", (NoisyEmbedding, kind), {})
-    # Beside the dict of the module's tensors: they are no weights, and nothing saves them.
-    object.__setattr__(embedding, "alpha", alpha)
-    object.__setattr__(embedding, "lengths", mx.ones(1))
-    return embedding  # type: ignore[no-any-return]
+    embedding.noise = Noise(alpha, mx.ones(1))
+    noise: Noise = embedding.noise
+    return noise
 
 
 def checkpoint_layers(network: nn.Module) -> None:
@@ -69,10 +83,9 @@ def make_checkpointed_call(kind: type[nn.Module]) -> Any:
 @contextmanager
 def draw_again() -> Iterator[None]:
     """Gives MLX's generator back the state that it had."""
-    keys: Any = mx.random.state
-    state = [mx.array(key) for key in keys]
+    state: Any = mx.random.state
+    key = join_key(np.array(state[0]))
     try:
         yield
     finally:
-        for place, key in enumerate(state):
-            keys[place] = key
+        mx.random.seed(key)

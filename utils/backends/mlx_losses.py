@@ -13,12 +13,12 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from config.structured_config import DpoSection
-from utils.backends.mlx_model import MlxModel
-from utils.batching import Batch, unpack_rows, unroll_pairs
+from utils.batching import Batch, count_answer_tokens, unpack_rows, unroll_pairs
 
 # Numbers of a chunk of logits: they exist for one chunk at a time.
 CHUNK = 33_554_432
 Losses = Callable[[mx.array, mx.array], mx.array]
+Arrays = dict[str, mx.array]
 
 
 @dataclass(frozen=True)
@@ -61,23 +61,49 @@ def see_plain_rows(batch: Batch) -> Batch:
     return unpack_rows(batch) if batch.position_ids is not None else batch
 
 
-def compute_token_losses(model: MlxModel, batch: Batch) -> mx.array:
-    """Negative log-likelihood of every supervised token, in row order; of a pair those of its chosen and then of its rejected
-    answer.
+def place_batch(batch: Batch, multiple: int = 1) -> Arrays:
+    """A batch as MLX takes it.
+
+    Args:
+        multiple: rows and learned tokens are padded to multiples of it, so that few shapes occur and each is compiled once.
+
+    Returns:
+        `ids` of shape (rows, length), `lengths` of the rows; of every learned token, in row order, `sources` (the place that
+        predicts it, counted over all rows), `targets`, and `weights`, 0 where it is padding. Of pairs also `answers`, the place
+        of each token's answer among all, and `reference` and `tokens`, both of shape (pairs, 2).
+    """
+    seen = see_plain_rows(batch)
+    rows, columns = np.nonzero(seen.loss_mask)
+    ids = np.pad(seen.input_ids, ((0, 0), (0, -seen.input_ids.shape[1] % multiple)))
+    extra = (0, -len(rows) % multiple)
+    arrays = {
+        "ids": ids,
+        "sources": np.pad(rows * ids.shape[1] + columns - 1, extra),  # a token is predicted at the one before it
+        "targets": np.pad(seen.input_ids[rows, columns], extra),
+        "weights": np.pad(np.ones(len(rows), dtype=np.float32), extra),
+        "lengths": seen.lengths.astype(np.float32),
+    }
+    if batch.segments is not None:
+        counts = count_answer_tokens(batch)
+        arrays["answers"] = np.pad(np.repeat(np.arange(counts.size), counts.reshape(-1)), extra)
+        arrays["tokens"] = counts.astype(np.float32)
+        if batch.reference is not None:
+            arrays["reference"] = batch.reference.astype(np.float32)  # MLX has no float64 on a GPU
+    return {name: mx.array(value) for name, value in arrays.items()}
+
+
+def compute_token_losses(network: nn.Module, arrays: Arrays) -> mx.array:
+    """Negative log-likelihood of every learned token of a placed batch, in row order; of a pair those of its chosen and then of
+    its rejected answer.
 
     A token sees those before it only, so padding on the right changes no real one and needs no mask.
 
     Returns:
-        float32 nats, shape (supervised_tokens,).
+        float32 nats, shape (learned tokens,).
     """
-    seen = see_plain_rows(batch)
-    rows, columns = np.nonzero(seen.loss_mask)
-    width = seen.input_ids.shape[1]
-    sources = mx.array(rows * width + columns - 1)  # a token is predicted at the one before it
-    targets = mx.array(seen.input_ids[rows, columns])
-    hidden = model.network.model(mx.array(seen.input_ids), None)  # phi asks for a cache, whatever it is
-    chosen = hidden.reshape(-1, hidden.shape[-1])[sources]
-    return compute_head_losses(model.network, chosen, targets)
+    hidden = network.model(arrays["ids"], None)  # phi asks for a cache, whatever it is
+    chosen = hidden.reshape(-1, hidden.shape[-1])[arrays["sources"]]
+    return compute_head_losses(network, chosen, arrays["targets"]) * arrays["weights"]
 
 
 def compute_head_losses(network: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
@@ -138,17 +164,11 @@ def trains_head(network: nn.Module) -> bool:
     return any(name.startswith(("lm_head.", "model.embed_tokens.", "model.wte.")) for name in names)
 
 
-def compute_pair_log_probs(model: MlxModel, batch: Batch, counts: np.ndarray) -> mx.array:
-    """Log-probability of both answers of each pair: the sum over their tokens, in nats, shape (pairs, 2).
-
-    Args:
-        counts: learned tokens of each answer, shape (pairs, 2).
-    """
-    losses, sums, start = compute_token_losses(model, batch), [], 0
-    for count in counts.reshape(-1).tolist():
-        sums.append(-losses[start : start + count].sum())
-        start += count
-    return mx.stack(sums).reshape(-1, 2)
+def compute_pair_log_probs(network: nn.Module, arrays: Arrays) -> mx.array:
+    """Log-probability of both answers of each placed pair: the sum over their tokens, in nats, shape (pairs, 2)."""
+    losses = compute_token_losses(network, arrays)
+    sums = mx.zeros(arrays["tokens"].size, dtype=losses.dtype).at[arrays["answers"]].add(-losses)
+    return sums.reshape(-1, 2)
 
 
 def log_sigmoid(x: mx.array) -> mx.array:

@@ -90,7 +90,7 @@ class GroupedAttention(gemma2.Attention):  # type: ignore[misc]  # mlx-lm ships 
         return seen
 
 
-def load_model(source: ModelSource, recipe: Recipe) -> MlxModel:
+def load_base(source: ModelSource, recipe: Recipe) -> MlxModel:
     """Loads the base model onto Apple's GPU, or elsewhere the CPU, quantised where the recipe says so, ready to infer.
 
     Raises:
@@ -100,7 +100,7 @@ def load_model(source: ModelSource, recipe: Recipe) -> MlxModel:
     mx.set_default_device(mx.gpu if device == "metal" else mx.cpu)
     mx.set_cache_limit(int(CACHE_SHARE * measure_memory()[0]))
     dtype_name, reasons = choose_dtype(recipe.model.dtype, device)
-    get_logger().info("Device: %s (%s) through MLX, %s", device, platform.machine(), "; ".join(reasons))
+    get_logger().info("Device: %s", ", ".join((f"{device} ({platform.machine()}) through MLX", *reasons)))
     network = read_network(source)
     network.set_dtype(DTYPES[dtype_name])
     quantization: str = recipe.model.quantization

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import resource
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ def lend_blas() -> None:
         return
     library = Path(found.origin).parent / "lib" / "libtorch_cpu.so"
     if library.is_file():
+        # As many threads at all times: how many share a product decides how its sums are rounded.
+        os.environ.setdefault("MKL_DYNAMIC", "FALSE")
         import torch as torch  # its libraries find each other only in its own order
 
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

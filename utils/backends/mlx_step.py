@@ -16,29 +16,37 @@ from mlx.utils import tree_flatten, tree_map
 
 from config.structured_config import Recipe
 from utils.backends import StepResult
-from utils.backends.mlx_layers import NoisyEmbedding, attach_noise, checkpoint_layers, draw_again
+from utils.backends.mlx_compile import Compiled
+from utils.backends.mlx_layers import attach_noise, checkpoint_layers, draw_again
 from utils.backends.mlx_losses import (
+    Arrays,
     PairTerms,
     compute_dpo_losses,
     compute_pair_log_probs,
     compute_token_losses,
-    see_plain_rows,
+    place_batch,
     sum_rewards,
 )
 from utils.backends.mlx_model import MlxModel
 from utils.backends.mlx_optimizer import MlxOptimizer
 from utils.backends.mlx_state import load_state, save_state
-from utils.batching import Batch, count_answer_tokens, list_places, split_rows
+from utils.batching import Batch, list_places, split_rows
 from utils.exceptions import OutOfMemory, TrainingError
 from utils.methods.rewards import Numbers, average_rewards
 
 Tree = dict[str, Any]
+SHAPES = 32  # lengths and numbers of learned tokens are padded to multiples of it where each shape is compiled
 
 
 class MlxTrainStep:
     """An optimizer over the trainable tensors, fed by one micro-batch after the other."""
 
-    def __init__(self, model: MlxModel, recipe: Recipe) -> None:
+    def __init__(self, model: MlxModel, recipe: Recipe, *, compiles: bool = False) -> None:
+        """Builds the optimizer.
+
+        Args:
+            compiles: loss and gradients are compiled, once for each shape of a micro-batch.
+        """
         self.model, self.training, self.dpo = model, recipe.training, recipe.dpo
         self.network = model.network
         # Arrays never change in place, so these stay the untouched model's: DPO's reference, without a second copy in memory.
@@ -48,8 +56,10 @@ class MlxTrainStep:
         self.optimizer = MlxOptimizer(self.network, recipe)
         if recipe.training.gradient_checkpointing is True:
             checkpoint_layers(self.network)
-        self.noise: NoisyEmbedding | None = attach_noise(self.network, recipe.training.neftune_alpha)
-        self.differentiate = nn.value_and_grad(self.network, self._compute)
+        self.noise = attach_noise(self.network, recipe.training.neftune_alpha)
+        differentiate = nn.value_and_grad(self.network, self._compute)
+        self.multiple = SHAPES if compiles else 1
+        self.differentiate = Compiled(self.network, differentiate) if compiles else differentiate
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Takes one optimizer step, or none if loss or gradient is not finite: then nothing has changed (`skipped`).
@@ -122,26 +132,26 @@ class MlxTrainStep:
         """Loss, and gradients added up over the micro-batches; each is computed before the next one is begun."""
         self.sums, total, gradients = {}, 0.0, None
         for batch in micro_batches:
-            (loss, terms), found = self.differentiate(batch, count)
+            arrays = place_batch(batch, self.multiple)
+            (loss, policy), found = self.differentiate(arrays, mx.array(float(count)))
             gradients = found if gradients is None else tree_map(mx.add, gradients, found)
-            mx.eval(loss, gradients, terms)
+            mx.eval(loss, gradients, policy)
             total += float(loss)
-            if self.dpo and terms is not None:
-                pairs = PairTerms(terms, as_array(batch.reference), as_array(count_answer_tokens(batch)))
+            if self.dpo:
+                pairs = PairTerms(policy, arrays["reference"], arrays["tokens"])
                 for name, value in sum_rewards(pairs, self.dpo).items():
                     self.sums[name] = self.sums.get(name, 0.0) + value
         assert gradients is not None
         return total, gradients
 
-    def _compute(self, batch: Batch, count: int) -> tuple[mx.array, mx.array | None]:
-        """A micro-batch's share of the step's loss; of pairs also their log-probabilities, shape (pairs, 2)."""
+    def _compute(self, arrays: Arrays, count: mx.array) -> tuple[mx.array, mx.array]:
+        """A micro-batch's share of the step's loss; of pairs also their log-probabilities, shape (pairs, 2), else nothing."""
         if self.noise:
-            self.noise.lengths = as_array(see_plain_rows(batch).lengths)
+            self.noise.lengths = arrays["lengths"]
         if not self.dpo:
-            return compute_token_losses(self.model, batch).sum() / count, None
-        tokens = count_answer_tokens(batch)
-        policy = compute_pair_log_probs(self.model, batch, tokens)
-        losses = compute_dpo_losses(PairTerms(policy, as_array(batch.reference), as_array(tokens)), self.dpo)
+            return compute_token_losses(self.network, arrays).sum() / count, mx.zeros(0)
+        policy = compute_pair_log_probs(self.network, arrays)
+        losses = compute_dpo_losses(PairTerms(policy, arrays["reference"], arrays["tokens"]), self.dpo)
         return losses.sum() / count, policy
 
     def _add_references(self, micro_batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -152,7 +162,7 @@ class MlxTrainStep:
         self.network.update(self.start)
         self.network.eval()
         for batch in micro_batches:
-            scores = compute_pair_log_probs(self.model, batch, count_answer_tokens(batch))
+            scores = compute_pair_log_probs(self.network, place_batch(batch))
             found.append(replace(batch, reference=np.array(scores, dtype=np.float64)))
         self.network.update(weights)
         return found
@@ -169,7 +179,8 @@ class MlxTrainStep:
         faulty = []
         with draw_again():
             for batch in split_rows(micro_batches):
-                (loss, _), gradients = self.differentiate(batch, count)
+                arrays = place_batch(batch, self.multiple)
+                (loss, _), gradients = self.differentiate(arrays, mx.array(float(count)))
                 if not math.isfinite(float(loss)) or not math.isfinite(measure_norm(gradients)):
                     faulty.append(batch)
         return list_places(faulty)
@@ -207,5 +218,5 @@ def explain_memory() -> Iterator[None]:
 
 
 def make_step(model: MlxModel, recipe: Recipe) -> MlxTrainStep:
-    """Builds the optimizer."""
-    return MlxTrainStep(model, recipe)
+    """Builds the optimizer; on Apple's GPU the step is compiled. On a CPU that took longer than it saved."""
+    return MlxTrainStep(model, recipe, compiles=model.device == "metal")
