@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.adapter_changes import NeedsFramework
+from utils.mlx_support import list_mlx_keys
 from utils.model_source import ModelSource
 from utils.tokenizer_utils import TokenizerUtils
 
@@ -65,16 +66,19 @@ def save_config(source: ModelSource, config: dict[str, Any], folder: Path) -> No
 
 
 def save_companions(tokenizer: TokenizerUtils, folder: Path) -> None:
-    """Tokenizer with the template of the training, and a generation config that stops where the training stopped.
+    """Tokenizer with the template of the training, a config that mlx-lm reads, too, and a generation config that stops where
+    the training stopped.
 
     Without a generation config, the other ids are those of config.json, where transformers would read them.
     """
     tokenizer.save(folder)
+    whole = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if added := list_mlx_keys(whole):
+        (folder / "config.json").write_text(json.dumps({**whole, **added}, indent=2) + "\n", encoding="utf-8")
     path = folder / "generation_config.json"
     if path.exists():
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     else:
-        whole = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = {key: whole[key] for key in ("bos_token_id", "pad_token_id") if isinstance(whole.get(key), int)}
     config["eos_token_id"] = tokenizer.find_stop_ids()
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

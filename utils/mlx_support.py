@@ -169,6 +169,16 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "rope_parameters": None, "model_file": None}
 
 
+def list_mlx_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json must say besides for mlx-lm's own tools: left out, they take defaults of theirs without a word.
+
+    transformers reads both layouts.
+    """
+    if config.get("model_type") not in MLX_MODEL_TYPES:
+        return {}
+    return {key: value for key, value in translate_config(config).items() if key not in config and value is not None}
+
+
 def translate_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     """Gemma 3's second rotation, for the layers with a window, and how often a layer has none."""
     nested = config.get("rope_parameters")
