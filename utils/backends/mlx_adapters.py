@@ -271,7 +271,7 @@ def save_network(model: MlxModel, folder: Path, dtype_name: str) -> None:
     tensors = {}
     for name, value in tree_flatten(model.network.parameters()):
         is_matrix = model.model_type in CONV1D and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        # GPT-2's tensors are named as in its first files: transformers reads them with or without `transformer.`, mlx-lm without.
+        # GPT-2 is named as in its first files: transformers reads them with `transformer.` and without, mlx-lm only without.
         key = name.removeprefix("model.") if model.model_type in CONV1D else name
         tensors[key] = mx.contiguous((value.T if is_matrix else value).astype(dtype))
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
