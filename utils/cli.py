@@ -21,7 +21,7 @@ from utils.stop_signals import NUMBERS, SignalExit, end_script, received
 
 STARTED = time.time()  # seconds since the epoch; scripts import this module first, so it is the run's beginning
 # How a finished run answers; everything else is what was trained.
-ANSWERING = ("generation", "evaluation.batch_size", "model.dtype", "data.system", "seed")
+ANSWERING = ("generation", "evaluation.batch_size", "model.dtype", "data.system", "seed", "backend")
 INTERRUPTED = 128 + signal.SIGINT
 
 

@@ -24,7 +24,7 @@ from utils.merge_companions import plan_config, save_companions, save_config
 from utils.merge_plan import MergePlan, plan_copy, plan_merge
 from utils.merge_sources import Trained
 from utils.model_safety import strip_code_keys
-from utils.model_source import ModelSource, find_model, read_config
+from utils.model_source import ModelSource, find_model, open_folder, read_config
 from utils.progress import Progress
 from utils.streaming_merge import write_plan
 from utils.tokenizer_files import load_tokenizer
@@ -201,7 +201,7 @@ class Comparison:
         Raises:
             AdapterError: it drifts.
         """
-        reloaded = self.backend.load_model(ModelSource(str(folder), folder, {}), self.plain)
+        reloaded = self.backend.load_model(open_folder(ModelSection(name=str(folder)), folder, str(folder)), self.plain)
         got = self.backend.compute_logits(reloaded, self.batch)
         drift = measure_drift(self.expected, got)
         if not drift.mean_divergence <= MAX_DIVERGENCE:  # also true for NaN
