@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     examples = select_conversations(preflight)
     recipe = preflight.loaded.recipe
     source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
-    backend = load_backend(choose_backend(recipe, source.model_type))
+    backend = load_backend(choose_backend(recipe, source.config))
     SeedManager(recipe.seed).seed_everything()
     with locate_problems(loaded):
         model = backend.load_model(source, recipe)

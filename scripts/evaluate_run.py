@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     preflight = check_recipe(loaded, folder)
     source = preflight.find_weights()
     folder.check_base(source)
-    backend = load_backend(choose_backend(preflight.loaded.recipe, source.model_type))
+    backend = load_backend(choose_backend(preflight.loaded.recipe, source.config))
     SeedManager(loaded.recipe.seed).seed_everything()
     examples, samples = preflight.read_evaluation_examples(), loaded.recipe.evaluation.samples
     evaluation = evaluate_run(backend, preflight, examples, source, folder)

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_inputs(folder, preflight)
     source, recipe = preflight.find_weights(), preflight.loaded.recipe
     folder.check_base(source)
-    backend = load_backend(choose_backend(recipe, source.model_type))
+    backend = load_backend(choose_backend(recipe, source.config))
     SeedManager(recipe.seed, deterministic=recipe.deterministic).seed_everything()
     with locate_problems(preflight.loaded), keep_threads(facts.get("threads")):
         model = backend.attach_lora(backend.load_model(source, recipe), recipe)

@@ -72,7 +72,7 @@ def train(loaded: LoadedRecipe, target: Path | None, resumption: Resumption | No
     loaded = preflight.loaded
     source = preflight.find_weights()
     checkpoint = resumption.find_checkpoint(preflight) if resumption else None
-    backend = load_backend(choose_backend(loaded.recipe, source.model_type))
+    backend = load_backend(choose_backend(loaded.recipe, source.config))
     SeedManager(loaded.recipe.seed, deterministic=loaded.recipe.deterministic).seed_everything()
     with locate_problems(loaded), keep_threads(resumption.facts["threads"] if resumption else None):
         model = backend.attach_lora(backend.load_model(source, loaded.recipe), loaded.recipe)

@@ -140,7 +140,7 @@ def merge_run(run: Trained, target: Path, base: BaseName = "full", *, compare: b
 
 def open_backend(run: Trained) -> Backend:
     """The framework that loads the run's model."""
-    return load_backend(choose_backend(run.recipe, run.source.model_type))
+    return load_backend(choose_backend(run.recipe, run.source.config))
 
 
 def plan_streaming(run: Trained, base: BaseName) -> StreamedMerge:

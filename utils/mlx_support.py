@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from config.structured_config import Recipe
-from utils.exceptions import MachineError, ModelLoadingError, RecipeError
+from utils.exceptions import MachineError, ModelLoadingError, Problem, RecipeError
 from utils.machine import is_apple_silicon
 from utils.mlx_names import MLX_MODEL_TYPES
 from utils.model_source import ModelSource
@@ -63,41 +64,50 @@ def is_mlx_installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("mlx", "mlx_lm"))
 
 
-def check_mlx_model(recipe: Recipe, source: ModelSource, where: str) -> None:
-    """Refuses a model that mlx-lm lacks, or that it would compute otherwise than transformers.
+def check_model_format(recipe: Recipe, source: ModelSource, backend: str, where: str) -> None:
+    """Refuses a model that the back end lacks, or that it would compute otherwise than transformers.
 
     Args:
+        backend: `torch` or `mlx`.
         where: `file:line` of model.name.
 
     Raises:
-        ModelLoadingError: the architecture, or what its config.json asks for.
+        ModelLoadingError: the architecture, what its config.json asks for, or weights in MLX's format under torch.
         RecipeError: rows that may be longer than what mlx-lm computes rightly; all weights of a quantised model.
     """
-    config, model_type = source.config, source.model_type
-    if model_type not in MLX_MODEL_TYPES:
-        message = f"backend mlx has no architecture {model_type!r}: it runs {', '.join(sorted(MLX_MODEL_TYPES))}"
-        raise ModelLoadingError(message, where=where, fix="set backend: torch", code="mlx-architecture")
-    if trouble := find_config_trouble(model_type, config):
-        raise ModelLoadingError(
-            f"mlx-lm cannot compute this {model_type}: {trouble}",
-            where=where,
-            fix="set backend: torch",
-            code="mlx-config",
-        )
+    if backend == "torch" and is_stored_quantised(source.config):
+        message = "the weights are quantised in MLX's format, which torch does not read"
+        fix = "set backend: mlx, or name the model that they were made from"
+        raise ModelLoadingError(message, where=where, fix=fix, code="mlx-format")
+    if backend == "mlx" and (problem := find_model_problem(recipe, source.config)):
+        kind = RecipeError if problem.code in ("mlx-length", "quantised") else ModelLoadingError
+        raise kind.from_problems([replace(problem, where=problem.where or where)])
+
+
+def find_model_problem(recipe: Recipe, config: Mapping[str, Any]) -> Problem | None:
+    """Why mlx-lm cannot run a recipe's model as transformers would; None if it can."""
+    model_type, fix = str(config.get("model_type", "")), "set backend: torch"
+    if trouble := find_config_trouble(config):
+        return Problem("mlx-model", f"backend mlx cannot run this model: {trouble}", "", fix)
     limit, why = find_row_limit(model_type, config)
     if limit is not None and recipe.data.max_length > limit:
         message = f"mlx-lm computes this {model_type} rightly up to {limit} tokens: {why}"
-        fix = f"set data.max_length: {limit} or less, or backend: torch"
-        raise RecipeError(message, where="data.max_length", fix=fix, code="mlx-length")
+        return Problem(
+            "mlx-length", message, "data.max_length", f"set data.max_length: {limit} or less, or backend: torch"
+        )
     if is_stored_quantised(config) and recipe.lora is None:
         message = (
             "the weights of this model are quantised and frozen, so there is nothing to train without a lora section"
         )
-        raise RecipeError(message, where=where, fix="add a lora section", code="quantised")
+        return Problem("quantised", message, "", "add a lora section")
+    return None
 
 
-def find_config_trouble(model_type: str, config: Mapping[str, Any]) -> str | None:
-    """What mlx-lm would silently compute otherwise, in words; None if nothing is known."""
+def find_config_trouble(config: Mapping[str, Any]) -> str | None:
+    """What mlx-lm lacks, or would silently compute otherwise, in words; None if nothing is known."""
+    model_type = str(config.get("model_type", ""))
+    if model_type not in MLX_MODEL_TYPES:
+        return f"its architecture is {model_type!r}, and MLX has {', '.join(sorted(MLX_MODEL_TYPES))} here"
     activation = config.get("hidden_activation") or config.get("hidden_act") or config.get("activation_function")
     if activation is not None and activation not in ACTIVATIONS[model_type]:
         return f"its activation function is {activation!r}, and mlx-lm takes {ACTIVATIONS[model_type][0]!r}"

@@ -18,7 +18,7 @@ from utils.examples import Example
 from utils.exceptions import DataError, Problem, RecipeError
 from utils.logging import get_logger
 from utils.machine import guess_device
-from utils.mlx_support import check_mlx_installed, check_mlx_model
+from utils.mlx_support import check_mlx_installed, check_model_format
 from utils.model_files import check_model_files
 from utils.model_shape import find_positions, has_learned_positions
 from utils.model_source import (
@@ -134,9 +134,8 @@ def find_checked_model(loaded: LoadedRecipe) -> ModelSource:
     recipe, where, adapter_where = loaded.recipe, loaded.find_origin("model.name"), loaded.find_origin("model.adapter")
     source = find_model(recipe.model, where, with_weights=False, adapter_where=adapter_where)
     check_model_files(loaded, source)
-    if choose_backend(recipe, source.model_type) == "mlx":
-        with locate_problems(loaded):
-            check_mlx_model(recipe, source, where)
+    with locate_problems(loaded):
+        check_model_format(recipe, source, choose_backend(recipe, source.config), where)
     facts = Facts(
         recipe,
         source.family,

@@ -65,7 +65,7 @@ def plan_resources(
     Raises:
         MachineError: memory or disk cannot suffice.
     """
-    machine, shape = inspect_machine(choose_backend(loaded.recipe, source.model_type)), measure_shape(source)
+    machine, shape = inspect_machine(choose_backend(loaded.recipe, source.config)), measure_shape(source)
     if shape and loaded.recipe.training.silences_dropout:
         shape = silence(shape)
     download = find_download(loaded.recipe.model, loaded.find_origin("model.name"))

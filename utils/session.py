@@ -111,7 +111,7 @@ def load_run(folder: RunFolder, loaded: LoadedRecipe) -> LoadedModel:
         source = find_model(recipe.model, loaded.find_origin("model.name"), with_weights=True)
         folder.check_base(source)
     tokenizer = open_run_tokenizer(loaded, source, folder)
-    backend = load_backend(choose_backend(recipe, source.model_type))
+    backend = load_backend(choose_backend(recipe, source.config))
     SeedManager(recipe.seed).seed_everything()
     loaded_model = backend.load_model(source, recipe)
     model = loaded_model if is_whole else load_trained_model(backend, loaded_model, recipe, folder)
@@ -137,7 +137,7 @@ def load_plain(name: str, generation: GenerationSection | None = None, adapter: 
         AdapterError: the adapter does not fit.
     """
     recipe, source, tokenizer = open_plain(name, generation, adapter)
-    backend = load_backend(choose_backend(recipe, source.model_type))
+    backend = load_backend(choose_backend(recipe, source.config))
     SeedManager(recipe.seed).seed_everything()
     return LoadedModel(backend, backend.load_model(source, recipe), tokenizer, recipe, source)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -21,8 +21,7 @@ from config.structured_config import GenerationSection, Recipe
 from utils.batching import Batch
 from utils.exceptions import MachineError
 from utils.machine import is_apple_silicon
-from utils.mlx_names import MLX_MODEL_TYPES
-from utils.mlx_support import check_mlx_installed, is_mlx_installed
+from utils.mlx_support import check_mlx_installed, find_model_problem, is_mlx_installed, is_stored_quantised
 from utils.model_source import ModelSource
 
 if TYPE_CHECKING:
@@ -229,18 +228,21 @@ class Backend(Protocol):
         """Peak bytes so far."""
 
 
-def choose_backend(recipe: Recipe, model_type: str | None = None) -> BackendName:
+def choose_backend(recipe: Recipe, config: Mapping[str, Any] | None = None) -> BackendName:
     """The back end that `backend: auto` means: MLX on Apple silicon, where it is there and has all that is asked for.
 
+    Weights in MLX's own formats mean MLX wherever that is.
+
     Args:
-        model_type: of the model; None where its files have not been looked at.
+        config: of the model; None where its files have not been looked at.
     """
     if recipe.backend != "auto":
         return recipe.backend
+    if recipe.model.quantization == "int4" or (config is not None and is_stored_quantised(config)):
+        return "mlx"
     if not is_apple_silicon() or not is_mlx_installed() or any(find_mlx_obstacles(recipe)):
-        # int4 is MLX's, and a recipe with it means MLX wherever that is there.
-        return "mlx" if recipe.model.quantization == "int4" else "torch"
-    return "mlx" if model_type is None or model_type in MLX_MODEL_TYPES else "torch"
+        return "torch"
+    return "torch" if config is not None and find_model_problem(recipe, config) else "mlx"
 
 
 def load_backend(name: BackendName) -> Backend:

@@ -21,7 +21,7 @@ from utils.exceptions import ModelLoadingError
 from utils.logging import get_logger
 from utils.machine import TOKEN_BUDGETS, guess_device, measure_memory
 from utils.mlx_names import to_mlx_module
-from utils.mlx_support import is_stored_quantised, translate_config
+from utils.mlx_support import find_config_trouble, is_stored_quantised, translate_config
 from utils.model_shape import refuse_oversized
 from utils.model_source import ModelSource
 
@@ -130,6 +130,9 @@ def read_network(source: ModelSource) -> nn.Module:
         ModelLoadingError: the files do not make a model.
     """
     refuse_oversized(source)
+    if trouble := find_config_trouble(source.config):
+        message = f"backend mlx cannot run this model: {trouble}"
+        raise ModelLoadingError(message, where=str(source.folder), fix="set backend: torch", code="mlx-model")
     config = translate_config(source.config)
     try:
         network, _ = mlx_utils.load_model(
