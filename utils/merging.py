@@ -219,7 +219,8 @@ class Comparison:
         Raises:
             AdapterError: it drifts.
         """
-        reloaded = self.backend.load_model(ModelSource(str(folder), folder, {}), self.plain)
+        config, _ = strip_code_keys(read_config(folder, str(folder)))
+        reloaded = self.backend.load_model(ModelSource(str(folder), folder, config), self.plain)
         got = self.backend.compute_logits(reloaded, self.batch)
         drift = measure_drift(self.expected, got)
         if not drift.mean_divergence <= MAX_DIVERGENCE:  # also true for NaN

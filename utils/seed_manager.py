@@ -61,7 +61,7 @@ def capture_generators() -> dict[str, Any]:
         "numpy": [encode(np.asarray(keys, dtype="<u4")), *rest],
     }
     if mlx := sys.modules.get("mlx.core"):
-        states["mlx"] = [encode(np.array(key)) for key in mlx.random.state]
+        states["mlx"] = encode(np.array(mlx.random.state[0]))
     if torch := sys.modules.get("torch"):
         states["torch"] = encode(torch.get_rng_state().numpy())
         if torch.cuda.is_available():
@@ -82,9 +82,10 @@ def restore_generators(states: Any) -> None:
         random.setstate((3, tuple(decode(words, "<u4").tolist()), gauss))
         keys, *rest = states["numpy"]
         np.random.set_state(("MT19937", decode(keys, "<u4"), *rest))
-        if mlx := sys.modules.get("mlx.core"):
-            for place, key in enumerate(states["mlx"]):
-                mlx.random.state[place] = mlx.array(decode(key, "<u4"))
+        # A run on torch may have been saved where nobody had imported MLX.
+        if (mlx := sys.modules.get("mlx.core")) and "mlx" in states:
+            high, low = decode(states["mlx"], "<u4").tolist()
+            mlx.random.seed(high << 32 | low)  # its state takes no assignment, and is the two halves of the seed
         if torch := sys.modules.get("torch"):
             torch.set_rng_state(torch.from_numpy(decode(states["torch"], "u1")))
             if torch.cuda.is_available() and len(states.get("cuda", ())) == torch.cuda.device_count():

@@ -14,9 +14,7 @@ from mlx.utils import tree_flatten
 from config.structured_config import Recipe
 from utils.backends import MachineFacts, PairScores, ignore
 from utils.backends.mlx_adapters import attach_lora as attach_lora
-from utils.backends.mlx_adapters import dequantize as dequantize
 from utils.backends.mlx_adapters import load_adapter as load_adapter
-from utils.backends.mlx_adapters import merge_adapter as merge_adapter
 from utils.backends.mlx_adapters import save_network
 from utils.backends.mlx_adapters import save_weights as save_weights
 from utils.backends.mlx_generation import generate as generate
@@ -28,8 +26,10 @@ from utils.backends.mlx_losses import (
     compute_token_losses,
     sum_rewards,
 )
-from utils.backends.mlx_model import MlxModel, count_values
-from utils.backends.mlx_model import load_model as load_model
+from utils.backends.mlx_merging import dequantize as dequantize
+from utils.backends.mlx_merging import fold_adapter
+from utils.backends.mlx_merging import merge_adapter as merge_adapter
+from utils.backends.mlx_model import MlxModel, count_values, load_base
 from utils.backends.mlx_model import measure_peak_memory as measure_peak_memory
 from utils.backends.mlx_step import as_array
 from utils.backends.mlx_step import make_step as make_step
@@ -37,6 +37,17 @@ from utils.batching import Batch, count_answer_tokens
 from utils.exceptions import RunError
 from utils.machine import count_cores, measure_memory
 from utils.methods.rewards import average_rewards
+from utils.model_source import ModelSource
+
+
+def load_model(source: ModelSource, recipe: Recipe) -> MlxModel:
+    """Loads the base model onto Apple's GPU, or elsewhere the CPU, with its adapter folded in, ready to infer.
+
+    Raises:
+        ModelLoadingError: the files do not make a model.
+        AdapterError: the adapter that is folded in does not fit.
+    """
+    return fold_adapter(load_base(source, recipe))
 
 
 def describe_machine(model: MlxModel) -> MachineFacts:

@@ -8,25 +8,31 @@ from typing import Any
 
 import mlx.core as mx
 from mlx import nn
+from mlx_lm.models import gemma3_text
 
 
-class NoisyEmbedding(nn.Embedding):  # type: ignore[misc]  # mypy does not follow mlx
-    """An embedding with NEFTune's noise (arXiv 2310.05914, section 2): uniform, scaled by alpha / sqrt(length × width).
+class NoisyEmbedding:
+    """NEFTune's noise on an embedding (arXiv 2310.05914, section 2): uniform, scaled by alpha / sqrt(length × width).
+
+    It stands before the class of the embedding, quantised or not, among the bases of a new one.
 
     Attributes:
         alpha: strength of the noise.
         lengths: real tokens of each row of the next pass, shape (rows,).
     """
 
+    alpha: float
+    lengths: mx.array
+    training: bool
+
     def __call__(self, ids: mx.array) -> mx.array:
         """Shape (rows, length) → (rows, length, width); without noise outside training."""
-        vectors: mx.array = super().__call__(ids)
+        vectors: mx.array = super().__call__(ids)  # type: ignore[misc]  # of the embedding's class
         if not self.training:
             return vectors
         scale = self.alpha / mx.sqrt(self.lengths * vectors.shape[-1])
         noise = mx.random.uniform(-1, 1, vectors.shape).astype(vectors.dtype)
-        noisy: mx.array = vectors + noise * scale[:, None, None].astype(vectors.dtype)
-        return noisy
+        return vectors + noise * scale[:, None, None].astype(vectors.dtype)
 
 
 def attach_noise(network: nn.Module, alpha: float | None) -> NoisyEmbedding | None:
@@ -35,6 +41,9 @@ def attach_noise(network: nn.Module, alpha: float | None) -> NoisyEmbedding | No
         return None
     body = network.model
     embedding = body.wte if "wte" in body else body.embed_tokens
+    if isinstance(body, gemma3_text.Gemma3Model):
+        # transformers' embedding multiplies by the root of the width before the noise, and mlx-lm's body after it.
+        alpha /= body.args.hidden_size**0.5
     kind = type(embedding)
     embedding.__class__ = type(f"Noisy{kind.__name__}", (NoisyEmbedding, kind), {})
     # Beside the dict of the module's tensors: they are no weights, and nothing saves them.
@@ -54,25 +63,45 @@ def checkpoint_layers(network: nn.Module) -> None:
 
 
 def make_checkpointed_call(kind: type[nn.Module]) -> Any:
-    """The call of a layer, computed again in the backward pass from its inputs and trained tensors."""
+    """The call of a layer, computed again in the backward pass from its inputs and trained tensors.
+
+    The second time the generator begins where it began the first time: `mx.checkpoint` leaves it where it is, and adapters
+    with dropout got the gradients of another mask.
+    """
 
     def call(layer: nn.Module, *arguments: Any, **options: Any) -> Any:
+        start, passes = read_generator(), [0]
+
         def compute(weights: dict[str, Any], *arguments: Any, **options: Any) -> Any:
             layer.update(weights)
-            return kind.__call__(layer, *arguments, **options)
+            passes[0] += 1
+            if passes[0] == 1:
+                return kind.__call__(layer, *arguments, **options)
+            with draw_again(start):
+                return kind.__call__(layer, *arguments, **options)
 
         return mx.checkpoint(compute)(layer.trainable_parameters(), *arguments, **options)
 
     return call
 
 
+def read_generator() -> int:
+    """The state of MLX's generator, as the seed that gives it: its two halves are all there is of it."""
+    high, low = mx.random.state[0].tolist()
+    return int(high) << 32 | int(low)
+
+
 @contextmanager
-def draw_again() -> Iterator[None]:
-    """Gives MLX's generator back the state that it had."""
-    keys: Any = mx.random.state
-    state = [mx.array(key) for key in keys]
+def draw_again(start: int | None = None) -> Iterator[None]:
+    """Gives MLX's generator back the state that it had.
+
+    Args:
+        start: state to begin with; None begins with the present one.
+    """
+    state = read_generator()
     try:
+        if start is not None:
+            mx.random.seed(start)
         yield
     finally:
-        for place, key in enumerate(state):
-            keys[place] = key
+        mx.random.seed(state)  # the state takes no assignment

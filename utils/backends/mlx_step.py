@@ -30,7 +30,9 @@ from utils.backends.mlx_optimizer import MlxOptimizer
 from utils.backends.mlx_state import load_state, save_state
 from utils.batching import Batch, count_answer_tokens, list_places, split_rows
 from utils.exceptions import OutOfMemory, TrainingError
+from utils.logging import get_logger
 from utils.methods.rewards import Numbers, average_rewards
+from utils.mlx_support import find_own_dropout
 
 Tree = dict[str, Any]
 
@@ -207,5 +209,7 @@ def explain_memory() -> Iterator[None]:
 
 
 def make_step(model: MlxModel, recipe: Recipe) -> MlxTrainStep:
-    """Builds the optimizer."""
+    """Builds the optimizer, and says where torch would train otherwise."""
+    if recipe.dpo is None and (rate := find_own_dropout(model.source.config)):
+        get_logger().info("The model's own dropout (%g) is off: mlx-lm's models have none", rate)
     return MlxTrainStep(model, recipe)
