@@ -123,7 +123,8 @@ def load_trained_model(backend: Backend, base: Any, recipe: Recipe, folder: RunF
     """
     if folder.adapter.is_dir():
         adapted = backend.load_adapter(base, folder.adapter)
-        is_quantised = backend.describe_machine(base).quantization != "none"  # by the recipe, or by the files
+        # Also where the model's own files are quantised, of which the recipe says nothing.
+        is_quantised = backend.describe_machine(adapted).quantization != "none"
         return adapted if is_quantised else backend.merge_adapter(adapted)
     whole = find_model(ModelSection(name=str(folder.model)), str(folder.path), with_weights=True)
     return backend.load_model(whole, recipe)

@@ -142,6 +142,12 @@ def find_row_limit(model_type: str, config: Mapping[str, Any]) -> tuple[int | No
     return None, ""
 
 
+def find_own_dropout(config: Mapping[str, Any]) -> float:
+    """The largest dropout that the model itself would have in training; mlx-lm's models have none."""
+    rates = [value for key, value in config.items() if key.endswith(("_pdrop", "_dropout"))]
+    return max((float(rate) for rate in rates if isinstance(rate, int | float)), default=0.0)
+
+
 def read_rotation(config: Mapping[str, Any]) -> tuple[float | None, dict[str, Any]]:
     """Base frequency and further settings of the rotary positions, from either of transformers' two layouts."""
     nested = config.get("rope_parameters")

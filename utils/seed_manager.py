@@ -61,7 +61,7 @@ def capture_generators() -> dict[str, Any]:
         "numpy": [encode(np.asarray(keys, dtype="<u4")), *rest],
     }
     if mlx := sys.modules.get("mlx.core"):
-        states["mlx"] = encode(np.array(mlx.random.state[0]).astype("<u4"))
+        states["mlx"] = encode(np.array(mlx.random.state[0]))
     if torch := sys.modules.get("torch"):
         states["torch"] = encode(torch.get_rng_state().numpy())
         if torch.cuda.is_available():
@@ -82,8 +82,10 @@ def restore_generators(states: Any) -> None:
         random.setstate((3, tuple(decode(words, "<u4").tolist()), gauss))
         keys, *rest = states["numpy"]
         np.random.set_state(("MT19937", decode(keys, "<u4"), *rest))
-        if mlx := sys.modules.get("mlx.core"):
-            mlx.random.seed(join_key(decode(states["mlx"], "<u4")))
+        # A run on torch may have been saved where nobody had imported MLX.
+        if (mlx := sys.modules.get("mlx.core")) and "mlx" in states:
+            high, low = decode(states["mlx"], "<u4").tolist()
+            mlx.random.seed(high << 32 | low)  # its state takes no assignment, and is the two halves of the seed
         if torch := sys.modules.get("torch"):
             torch.set_rng_state(torch.from_numpy(decode(states["torch"], "u1")))
             if torch.cuda.is_available() and len(states.get("cuda", ())) == torch.cuda.device_count():
@@ -93,12 +95,6 @@ def restore_generators(states: Any) -> None:
     except (LookupError, OverflowError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         message, fix = f"the states of the random numbers are damaged: {error}", "restore state.json from a copy"
         raise RunError(message, where="state.json", fix=fix, code="checkpoint-mismatch") from error
-
-
-def join_key(words: npt.NDArray[Any]) -> int:
-    """MLX's key of two words as the seed that gives it: its generator takes no state back in another way."""
-    high, low = (int(word) for word in words)
-    return high << 32 | low
 
 
 def encode(numbers: npt.NDArray[Any]) -> str:

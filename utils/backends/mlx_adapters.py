@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -17,7 +16,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from config.structured_config import LoraSection, Recipe
 from utils.adapter_source import PREFIX, check_files, read_adapter_config
-from utils.backends.mlx_model import DTYPES, MlxModel, is_quantised, read_tensors
+from utils.backends.mlx_model import DTYPES, MlxModel, read_tensors
 from utils.exceptions import AdapterError, RecipeError
 from utils.logging import get_logger
 from utils.mlx_names import to_mlx_module, to_transformers_module
@@ -126,7 +125,7 @@ def describe_adapters(model: MlxModel, adapters: Mapping[str, Adapter]) -> dict[
         "base_model_name_or_path": model.source.public_name,
         "r": rank,
         "lora_alpha": first.scale * rank,
-        "lora_dropout": 1 - first.dropout._p_1,
+        "lora_dropout": round(1 - first.dropout._p_1, 6),
         "target_modules": sorted(names),
         "use_dora": isinstance(first, DoRALinear),
         "use_rslora": False,
@@ -215,53 +214,6 @@ def fill_adapters(model: MlxModel, tensors: Mapping[tuple[str, str], mx.array], 
     weights = [(".".join(place), tensor.astype(mx.float32)) for place, tensor in tensors.items()]
     model.network.load_weights(weights, strict=False)
     mx.eval(model.network.parameters())
-
-
-def merge_adapter(model: MlxModel) -> MlxModel:
-    """Folds the adapters into the weights, in float32, and returns the plain model.
-
-    The weights of a quantised base become those that its few bits stand for first: rounded again, they would lose the change.
-    """
-    if not (adapters := list_adapters(model.network)):
-        return model
-    if model.quantization != "none":
-        model = dequantize(model)
-        adapters = list_adapters(model.network)
-    dtype, merged = DTYPES[model.dtype_name], []
-    for name, adapter in adapters.items():
-        adapter.linear.set_dtype(mx.float32)
-        plain = adapter.fuse()
-        plain.set_dtype(dtype)
-        mx.eval(plain.parameters())  # one module after the other, so that one is in float32 at a time
-        merged.append((name, plain))
-    model.network.update_modules(tree_unflatten(merged))
-    model.network.freeze()
-    model.network.eval()
-    return model
-
-
-def dequantize(model: MlxModel) -> MlxModel:
-    """A quantised base in full precision: plain matrices of the values that its few bits stand for."""
-    plain = []
-    for name, module in model.network.named_modules():
-        if not is_quantised(module):
-            continue
-        weight = mx.dequantize(
-            module.weight, module.scales, module.get("biases"), module.group_size, module.bits, mode=module.mode
-        ).astype(DTYPES[model.dtype_name])
-        made: nn.Module
-        if isinstance(module, nn.QuantizedEmbedding):
-            made = nn.Embedding(1, 1)
-        else:
-            made = nn.Linear(1, 1, bias="bias" in module)
-            if "bias" in module:
-                made.bias = module.bias
-        made.weight = weight
-        made.freeze()
-        plain.append((name, made))
-    model.network.update_modules(tree_unflatten(plain))
-    mx.eval(model.network.parameters())
-    return replace(model, quantization="none")
 
 
 def save_network(model: MlxModel, folder: Path, dtype_name: str) -> None:

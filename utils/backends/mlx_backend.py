@@ -14,9 +14,7 @@ from mlx.utils import tree_flatten
 from config.structured_config import Recipe
 from utils.backends import MachineFacts, PairScores, ignore
 from utils.backends.mlx_adapters import attach_lora as attach_lora
-from utils.backends.mlx_adapters import dequantize as dequantize
 from utils.backends.mlx_adapters import load_adapter as load_adapter
-from utils.backends.mlx_adapters import merge_adapter as merge_adapter
 from utils.backends.mlx_adapters import save_network
 from utils.backends.mlx_adapters import save_weights as save_weights
 from utils.backends.mlx_generation import generate as generate
@@ -29,30 +27,28 @@ from utils.backends.mlx_losses import (
     place_batch,
     sum_rewards,
 )
+from utils.backends.mlx_merging import dequantize as dequantize
+from utils.backends.mlx_merging import fold_adapter
+from utils.backends.mlx_merging import merge_adapter as merge_adapter
 from utils.backends.mlx_model import MlxModel, count_values, load_base
 from utils.backends.mlx_model import measure_peak_memory as measure_peak_memory
 from utils.backends.mlx_step import as_array
 from utils.backends.mlx_step import make_step as make_step
 from utils.batching import Batch
 from utils.exceptions import RunError
-from utils.logging import get_logger
 from utils.machine import count_cores, measure_memory
 from utils.methods.rewards import average_rewards
 from utils.model_source import ModelSource
 
 
 def load_model(source: ModelSource, recipe: Recipe) -> MlxModel:
-    """Loads the base model onto the machine, with its adapter folded in, ready to infer.
+    """Loads the base model onto Apple's GPU, or elsewhere the CPU, with its adapter folded in, ready to infer.
 
     Raises:
         ModelLoadingError: the files do not make a model.
         AdapterError: the adapter that is folded in does not fit.
     """
-    model = load_base(source, recipe)
-    if source.adapter is None:
-        return model
-    get_logger().info("model.adapter: %s is folded into the base; what is trained on it needs both", source.adapter)
-    return merge_adapter(load_adapter(model, source.adapter))
+    return fold_adapter(load_base(source, recipe))
 
 
 def describe_machine(model: MlxModel) -> MachineFacts:

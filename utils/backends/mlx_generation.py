@@ -13,6 +13,8 @@ from config.structured_config import GenerationSection
 from utils.backends import GenerationSettings, ignore
 from utils.backends.mlx_model import MlxModel
 from utils.batching import Batch, Ids
+from utils.exceptions import RecipeError
+from utils.mlx_support import find_row_limit
 from utils.model_shape import find_positions
 from utils.sliding_context import slide
 
@@ -62,6 +64,8 @@ def generate(
         batch_size: prompts that are answered at once.
         on_answer: called with the number of its tokens whenever an answer is complete.
     """
+    for prompt in prompts:
+        check_reach(model, len(prompt), settings)
     model.network.eval()
     answers: dict[int, list[int]] = {}
     fitting = []
@@ -109,6 +113,21 @@ def answer_together(
     return answers
 
 
+def check_reach(model: MlxModel, prompt_length: int, settings: GenerationSettings) -> None:
+    """Refuses a prompt whose answer mlx-lm would compute otherwise than transformers.
+
+    Raises:
+        RecipeError: they reach beyond a sliding window, or beyond the original context under longrope.
+    """
+    limit, why = find_row_limit(model.model_type, model.source.config)
+    most = settings.generation.max_new_tokens
+    if limit is not None and prompt_length + most > limit:
+        lengths = f"a prompt of {prompt_length} tokens and an answer of up to {most}"
+        message = f"mlx-lm computes this {model.model_type} rightly up to {limit} tokens, not {lengths}: {why}"
+        fix = f"lower generation.max_new_tokens to {max(1, limit - prompt_length)}, shorten the prompt, or set backend: torch"
+        raise RecipeError(message, where="generation.max_new_tokens", fix=fix, code="mlx-length")
+
+
 def goes_beyond_context(model: MlxModel, prompt_length: int, settings: GenerationSettings) -> bool:
     """True if prompt and answer together are longer than the model's positions."""
     positions = find_positions(model.source.config)
@@ -129,6 +148,7 @@ def slide_over(model: MlxModel, ids: list[int], settings: GenerationSettings) ->
 
 def stream(model: MlxModel, batch: Batch, settings: GenerationSettings) -> Iterator[int]:
     """New token ids of a single prompt, one by one as they are sampled."""
+    check_reach(model, len(batch.input_ids[0]), settings)
     model.network.eval()
     return slide_over(model, batch.input_ids[0].tolist(), settings)
 

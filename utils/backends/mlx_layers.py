@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx import nn
-
-from utils.seed_manager import join_key
+from mlx_lm.models import gemma3_text
 
 
 @dataclass
@@ -26,22 +24,24 @@ class Noise:
     lengths: mx.array
 
 
-class NoisyEmbedding(nn.Embedding):  # type: ignore[misc]  # mypy does not follow mlx
-    """An embedding with noise on what it gives in training.
+class NoisyEmbedding:
+    """Noise on what an embedding gives in training; it stands before the embedding's own class, quantised or not.
 
     Attributes:
         noise: an object of ours, because MLX takes an array among a module's attributes for a weight.
     """
 
+    noise: Noise
+    training: bool
+
     def __call__(self, ids: mx.array) -> mx.array:
         """Shape (rows, length) → (rows, length, width)."""
-        vectors: mx.array = super().__call__(ids)
+        vectors: mx.array = super().__call__(ids)  # type: ignore[misc]  # of the embedding's class
         if not self.training:
             return vectors
         scale = self.noise.alpha / mx.sqrt(self.noise.lengths * vectors.shape[-1])
         noise = mx.random.uniform(-1, 1, vectors.shape).astype(vectors.dtype)
-        noisy: mx.array = vectors + noise * scale[:, None, None].astype(vectors.dtype)
-        return noisy
+        return vectors + noise * scale[:, None, None].astype(vectors.dtype)
 
 
 def attach_noise(network: nn.Module, alpha: float | None) -> Noise | None:
@@ -50,10 +50,12 @@ def attach_noise(network: nn.Module, alpha: float | None) -> Noise | None:
         return None
     body = network.model
     embedding = body.wte if "wte" in body else body.embed_tokens
+    if isinstance(body, gemma3_text.Gemma3Model):
+        # transformers' embedding multiplies by the root of the width before the noise, and mlx-lm's body after it.
+        alpha /= body.args.hidden_size**0.5
     kind = type(embedding)
     embedding.__class__ = type(f"Noisy{kind.__name__}", (NoisyEmbedding, kind), {})
-    embedding.noise = Noise(alpha, mx.ones(1))
-    noise: Noise = embedding.noise
+    embedding.noise = noise = Noise(alpha, mx.ones(1))
     return noise
 
 
@@ -68,24 +70,46 @@ def checkpoint_layers(network: nn.Module) -> None:
 
 
 def make_checkpointed_call(kind: type[nn.Module]) -> Any:
-    """The call of a layer, computed again in the backward pass from its inputs and trained tensors."""
+    """The call of a layer, computed again in the backward pass from its inputs and trained tensors.
+
+    The second time the generator begins where it began the first time: `mx.checkpoint` leaves it where it is, and adapters
+    with dropout got the gradients of another mask.
+    """
 
     def call(layer: nn.Module, *arguments: Any, **options: Any) -> Any:
+        start, passes = read_generator(), [0]
+
         def compute(weights: dict[str, Any], *arguments: Any, **options: Any) -> Any:
             layer.update(weights)
-            return kind.__call__(layer, *arguments, **options)
+            passes[0] += 1
+            if passes[0] == 1:
+                return kind.__call__(layer, *arguments, **options)
+            with draw_again(start):
+                return kind.__call__(layer, *arguments, **options)
 
         return mx.checkpoint(compute)(layer.trainable_parameters(), *arguments, **options)
 
     return call
 
 
-@contextmanager
-def draw_again() -> Iterator[None]:
-    """Gives MLX's generator back the state that it had."""
+def read_generator() -> int:
+    """The state of MLX's generator, as the seed that gives it: its two halves are all there is of it."""
     state: Any = mx.random.state
-    key = join_key(np.array(state[0]))
+    high, low = state[0].tolist()
+    return int(high) << 32 | int(low)
+
+
+@contextmanager
+def draw_again(start: int | None = None) -> Iterator[None]:
+    """Gives MLX's generator back the state that it had.
+
+    Args:
+        start: state to begin with; None begins with the present one.
+    """
+    state = read_generator()
     try:
+        if start is not None:
+            mx.random.seed(start)
         yield
     finally:
-        mx.random.seed(key)
+        mx.random.seed(state)  # the state takes no assignment

@@ -32,7 +32,9 @@ from utils.backends.mlx_optimizer import MlxOptimizer
 from utils.backends.mlx_state import load_state, save_state
 from utils.batching import Batch, list_places, split_rows
 from utils.exceptions import OutOfMemory, TrainingError
+from utils.logging import get_logger
 from utils.methods.rewards import Numbers, average_rewards
+from utils.mlx_support import find_own_dropout
 
 Tree = dict[str, Any]
 SHAPES = 32  # lengths and numbers of learned tokens are padded to multiples of it where each shape is compiled
@@ -218,5 +220,12 @@ def explain_memory() -> Iterator[None]:
 
 
 def make_step(model: MlxModel, recipe: Recipe) -> MlxTrainStep:
-    """Builds the optimizer; on Apple's GPU the step is compiled. On a CPU that took longer than it saved."""
-    return MlxTrainStep(model, recipe, compiles=model.device == "metal")
+    """Builds the optimizer, and says where torch would train otherwise.
+
+    On Apple's GPU the step is compiled; on a CPU that took longer than it saved. Layers that are computed twice are not: they
+    look at the generator's state, which a compiled graph does not know while it is made.
+    """
+    if recipe.dpo is None and (rate := find_own_dropout(model.source.config)):
+        get_logger().info("The model's own dropout (%g) is off: mlx-lm's models have none", rate)
+    compiles = model.device == "metal" and recipe.training.gradient_checkpointing is not True
+    return MlxTrainStep(model, recipe, compiles=compiles)
