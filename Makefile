@@ -1,9 +1,11 @@
 # One line per target. Variables: RECIPE=recipes/my.yaml  RUN=outputs/my/2026-…  ARGS="--set training.epochs=1"
 # of diff: A=outputs/my/2026-…  B=outputs/my/2026-…
+# of export: TO=mlx
 # of quick: MODEL=Qwen/Qwen2.5-0.5B-Instruct  DATA=my_rows.jsonl
 PYTHON ?= python3
 RECIPE ?= recipes/smollm2_sql.yaml
 RUN ?=
+TO ?= mlx
 A ?=
 B ?=
 ARGS ?=
@@ -15,7 +17,7 @@ MODEL ?= embedded/smollm2-135m-instruct
 DATA ?= data/text_to_sql/train.jsonl
 NEW_RECIPE = outputs/recipes/$(notdir $(MODEL))_$(subst /,_,$(basename $(DATA))).yaml
 RUN_OPTION := $(if $(RUN),--run $(RUN))
-.PHONY: setup setup-dev demo quick test lint train validate preview prepare baseline infer merge evaluate resume reproduce diff data reference bench soak lock clean help
+.PHONY: setup setup-dev demo quick test lint train validate preview prepare baseline infer merge export evaluate resume reproduce diff data reference bench soak lock clean help
 
 help:  ## show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +51,8 @@ infer: setup  ## talk to the latest run, or to RUN
 	@$(PY) scripts/infer.py $(RUN_OPTION) $(ARGS)
 merge: setup  ## merge the latest run, or RUN
 	@$(PY) scripts/merge.py $(RUN_OPTION) $(ARGS)
+export: setup  ## the adapter of the latest run, or of RUN, in another tool's format: TO=mlx or TO=peft
+	@$(PY) scripts/export.py --to $(TO) $(RUN_OPTION) $(ARGS)
 evaluate: setup  ## before/after report of the latest run, or of RUN
 	@$(PY) scripts/evaluate_run.py $(RUN_OPTION) $(ARGS)
 reproduce: setup  ## take the first steps of the latest run, or of RUN, again and compare

@@ -64,8 +64,8 @@ class ModelSection(Section):
     """Store the frozen base in 8 or 4 bits; needs a `lora` section. On torch these are bitsandbytes' int8, nf4 and fp4; on MLX
     int8 and int4, with a scale and an offset for each 64 weights."""
     adapter: Annotated[str, Field(min_length=1)] | None = None
-    """Folder of a finished LoRA adapter, or of the run that trained it: it is folded into the base when the model is loaded,
-    so that this run starts from, and is compared with, what that run has learned."""
+    """Folder of a finished LoRA adapter, in the format of PEFT or of mlx-lm, or of the run that trained it: it is folded into
+    the base when the model is loaded, so that this run starts from, and is compared with, what that run has learned."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only this line can switch it on."""
 

@@ -21,18 +21,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils import cli
-from utils.exceptions import AdapterError, RunError
+from utils.exceptions import RunError
 from utils.run_folder import find_run
-
-if TYPE_CHECKING:
-    import argparse
-
-    from utils.merge_sources import Trained
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,48 +44,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = cli.parse_base_arguments(parser, arguments, both=True)
     if options.model and (not options.out or options.base == "dequantized"):
         parser.error("--model needs --out, and has no --base dequantized")
+    folder = None if options.model else find_run(options.run)
+    target: Path = options.out if folder is None else options.out or folder.path / "merged"
+    if target.exists():
+        raise RunError("the folder exists already", where=str(target), fix="name another one with --out", code="exists")
+
     # Our threads share out the rows; a BLAS that starts its own beside them takes twice as long. numpy reads this once.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    trained, target = open_adapter(options) if options.model else open_run(options)
+    from utils.merge_sources import open_plain_adapter, open_trained_run
     from utils.merging import merge_run
 
+    if folder:
+        trained = open_trained_run(folder, options.base, trusts_code=options.trusts_code)
+    else:
+        trained = open_plain_adapter(options.model, options.adapter)
     merge = merge_run(trained, target, options.base, compare=options.compare)
     print("\n".join(merge.describe(trained.recipe.model.quantization)))
     print(f"Model folder: {target}")
     print(f"Next: python scripts/infer.py --model {target}")
     return 0
-
-
-def open_adapter(options: argparse.Namespace) -> tuple[Trained, Path]:
-    """The adapter of --adapter on the model of --model, and the folder to create."""
-    check_target(options.out)
-    from utils.merge_sources import open_plain_adapter
-
-    return open_plain_adapter(options.model, options.adapter), options.out
-
-
-def open_run(options: argparse.Namespace) -> tuple[Trained, Path]:
-    """What a run has trained, and the folder to create."""
-    folder = find_run(options.run)
-    loaded = folder.load_recipe(trusts_code=options.trusts_code)
-    folder.check_complete()
-    target = options.out or folder.path / "merged"
-    if options.base == "dequantized" and loaded.recipe.model.quantization == "none":
-        message = "--base dequantized is for runs on a quantised base, and this one has none"
-        raise RunError(message, where=str(folder.path), fix="leave --base out", code="not-quantised")
-    if loaded.recipe.scratch:
-        message = "this run trained a new model: there is no base to merge with"
-        raise AdapterError(message, where=str(folder.path), fix=f"use {folder.model}", code="no-adapter")
-    check_target(target)
-    from utils.merge_sources import open_trained_run
-
-    return open_trained_run(loaded, folder), target
-
-
-def check_target(target: Path) -> None:
-    """Refuses a folder that exists."""
-    if target.exists():
-        raise RunError("the folder exists already", where=str(target), fix="name another one with --out", code="exists")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from utils.checkpoint import MANIFEST, OPTIMIZER, STATE, Checkpoint, read_checkp
 from utils.exceptions import DataError, Problem, RecipeError, TunebookError
 from utils.model_shape import refuse_oversized
 from utils.model_source import find_model
+from utils.plain_adapters import read_mlx_adapter, read_peft_adapter
 from utils.row_checks import scan_rows
 from utils.run_folder import RunFolder, find_run
 from utils.seed_manager import capture_generators, restore_generators
@@ -234,11 +235,13 @@ ADAPTER_KEYS = ["peft_type", "r", "lora_alpha", "target_modules", "rank_pattern"
 
 @settings(max_examples=80, **QUICK)
 @given(key=st.sampled_from(ADAPTER_KEYS), value=JSON)
+@example(key="lora_alpha", value=10**400)  # no float holds it
 def test_any_value_in_an_adapters_configuration_is_taken_or_refused(tree: Path, key: str, value: Any) -> None:
     source = find_model(ModelSection(name=str(tree / "model")), "recipe.yaml:2", with_weights=True)
     path = tree / "run" / "adapter" / "adapter_config.json"
     content = json.dumps({**json.loads(path.read_text(encoding="utf-8")), key: value})
     with_content(path, content.encode(), lambda: find_adapter(str(path.parent), source, "recipe.yaml:4"))
+    with_content(path, content.encode(), lambda: read_peft_adapter(path.parent, source, "recipe.yaml:4"))
 
 
 @settings(max_examples=80, **QUICK)
@@ -249,6 +252,28 @@ def test_a_damaged_adapter_is_read_or_refused(tree: Path, name: str, edits: list
     with_content(
         path, damage(path.read_bytes(), edits), lambda: find_adapter(str(path.parent), source, "recipe.yaml:4")
     )
+
+
+MLX_KEYS = ["fine_tune_type", "num_layers", "lora_parameters", "rank", "scale", "dropout", "keys"]
+
+
+@settings(max_examples=80, **QUICK)
+@given(key=st.sampled_from(MLX_KEYS), value=JSON)
+def test_any_value_in_an_mlx_adapters_configuration_is_taken_or_refused(tree: Path, key: str, value: Any) -> None:
+    source = find_model(ModelSection(name=str(tree / "model")), "recipe.yaml:2", with_weights=True)
+    path = tree / "mlx_adapter" / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    (config if key in config else config["lora_parameters"])[key] = value
+    with_content(path, json.dumps(config).encode(), lambda: read_mlx_adapter(path.parent, source, "recipe.yaml:4"))
+
+
+@settings(max_examples=80, **QUICK)
+@given(name=st.sampled_from(["adapter_config.json", "adapters.safetensors"]), edits=EDITS)
+def test_a_damaged_mlx_adapter_is_read_or_refused(tree: Path, name: str, edits: list[tuple[float, int, bytes]]) -> None:
+    source = find_model(ModelSection(name=str(tree / "model")), "recipe.yaml:2", with_weights=True)
+    path = tree / "mlx_adapter" / name
+    content = damage(path.read_bytes(), edits)
+    with_content(path, content, lambda: read_mlx_adapter(path.parent, source, "recipe.yaml:4"))
 
 
 @settings(max_examples=80, **QUICK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,15 +14,14 @@ from utils.adapter_source import find_adapter, locate_adapter
 from utils.atomic_files import write_folder_atomically
 from utils.exceptions import RunError
 from utils.file_lines import read_utf8
+from utils.mlx_support import translate_config
 from utils.model_headers import read_json_object
 from utils.model_safety import MAX_TOKENIZER_CONFIG
-from utils.model_source import ModelSource
+from utils.model_source import ModelSource, iterate_tensor_shapes
 from utils.plain_adapters import PlainAdapter
 
 Format = Literal["mlx", "peft"]
 FORMAT_NAMES: dict[Format, str] = {"mlx": "mlx-lm", "peft": "PEFT"}
-# mlx-lm 0.32.2 reads these where transformers 5 no longer writes them: at the top of config.json.
-MOVED_SETTINGS = ("rope_theta", "partial_rotary_factor")
 
 
 @dataclass(frozen=True)
@@ -92,23 +92,34 @@ def export_adapter(name: str, source: ModelSource, to: Format, out: Path | None,
 
 def list_mlx_notes(source: ModelSource, adapter: Path) -> Iterator[str]:
     """What mlx-lm's own tools do otherwise than Tunebook, with this base and this adapter."""
-    config = source.config
-    rope: Any = config.get("rope_parameters") or {}
-    moved = [key for key in MOVED_SETTINGS if isinstance(rope, dict) and key in rope and key not in config]
-    if moved and source.model_type != "qwen3":
-        values = ", ".join(f'"{key}": {rope[key]}' for key in moved)
+    if missing := find_unread_settings(source):
         yield (
-            f"mlx-lm 0.32.2 does not read rope_parameters, and computes another model than {source.folder}. "
-            f"Give it a copy whose config.json says at the top: {values}"
+            "mlx-lm's own tools skip parts of a config.json that transformers 5 has written, and may compute another model: "
+            f"give them a copy of {source.folder} whose config.json also says {json.dumps(missing)[1:-1]}"
         )
-    if source.model_type == "gpt2" and "n_ctx" not in config:
-        yield "mlx-lm 0.32.2 does not load GPT-2 as transformers 5 saves it; the folder on the hub loads"
+    if source.model_type == "gpt2" and any(
+        name.startswith("transformer.") for name, _ in iterate_tensor_shapes(source)
+    ):
+        yield "mlx-lm's own tools do not load GPT-2 as transformers 5 saves it; the one on the hub loads"
     template = adapter / CHAT_TEMPLATE
     if template.is_file() and read_utf8(template).strip() != read_base_template(source.folder).strip():
         yield (
             "the adapter was trained with another chat template than the model's own, which mlx_lm.generate takes: "
             "render prompts yourself, and pass them with --ignore-chat-template"
         )
+
+
+def find_unread_settings(source: ModelSource) -> dict[str, Any]:
+    """What config.json says in a place where mlx-lm's own loader does not look, under the names that it looks for."""
+    known = (
+        ("rope_theta", "rope_scaling") if source.model_type == "qwen3" else ()
+    )  # the one type that reads both layouts
+    wanted = translate_config(source.config)
+    return {
+        key: value
+        for key, value in wanted.items()
+        if value is not None and source.config.get(key) != value and key not in known
+    }
 
 
 def read_base_template(folder: Path) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from config.recipe_io import LoadedRecipe
 from config.structured_config import Recipe
-from utils.exceptions import AdapterError
+from utils.exceptions import AdapterError, RunError
 from utils.model_source import ModelSource, find_model
 from utils.run_folder import RunFolder
 from utils.run_tokenizer import open_run_tokenizer
@@ -32,12 +31,25 @@ class Trained:
     tokenizer: TokenizerUtils
 
 
-def open_trained_run(loaded: LoadedRecipe, folder: RunFolder) -> Trained:
+def open_trained_run(folder: RunFolder, base: str, *, trusts_code: bool) -> Trained:
     """The result of a run.
 
+    Args:
+        base: `full` or `dequantized`, what it is going to be merged with.
+        trusts_code: the user's own word that code of the model may run.
+
     Raises:
-        RunError: its base is no longer what it was trained on.
+        RunError: no result, a base that is no longer what it was trained on, or none that was quantised.
+        AdapterError: there is no base, or the adapter must not be read.
     """
+    loaded = folder.load_recipe(trusts_code=trusts_code)
+    folder.check_complete()
+    if base == "dequantized" and loaded.recipe.model.quantization == "none":
+        message = "--base dequantized is for runs on a quantised base, and this one has none"
+        raise RunError(message, where=str(folder.path), fix="leave --base out", code="not-quantised")
+    if loaded.recipe.scratch:
+        message = "this run trained a new model: there is no base to merge with"
+        raise AdapterError(message, where=str(folder.path), fix=f"use {folder.model}", code="no-adapter")
     source = find_model(loaded.recipe.model, loaded.find_origin("model.name"), with_weights=True)
     folder.check_base(source)
     tokenizer = open_run_tokenizer(loaded, source, folder)

@@ -27,6 +27,7 @@ MLX_PARTS = ("lora_a", "lora_b", "m")
 PARTS = ("a", "b", "magnitude")
 MAX_SCALE = 1e9  # far above any that trains; sums with the base stay finite
 MERGE_FIX = "merge it into its base (scripts/merge.py): a merged folder loads everywhere"
+FUSE_FIX = "fuse it (mlx_lm.fuse --model … --adapter-path …), and name the fused folder in model.name"
 COPY_FIX = "use another copy of the adapter"
 LAYER = re.compile(r"([0-9]{1,6})\.(.+)")
 EMBEDDINGS = ("wte", "wpe", "embed_tokens")
@@ -80,7 +81,7 @@ def read_peft_adapter(folder: Path, source: ModelSource, where: str) -> PlainAda
             raise refuse(f"{tensor.name} is no factor of a linear module", where)
         part = {"A": "a", "B": "b"}.get(tensor.name.removesuffix(".weight")[-1], "magnitude")
         found.append((match[1], part, tensor))
-    is_dora = config.get("use_dora") is True
+    is_dora = bool(config.get("use_dora"))
     modules = group_factors(found, is_dora, where)
     rank, scale = find_common_scale(config, modules, where)
     dropout = read_dropout(config.get("lora_dropout"), where)
@@ -128,8 +129,7 @@ def read_mlx_adapter(folder: Path, source: ModelSource, where: str) -> PlainAdap
     config = read_adapter_json(folder, where)
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
-        fix = "fuse it (mlx_lm.fuse --model … --adapter-path …), and name the fused folder in model.name"
-        raise refuse(f"adapter_config.json says fine_tune_type: {kind!r}, which is no adapter", where, fix)
+        raise refuse(f"adapter_config.json says fine_tune_type: {kind!r}, which is no adapter", where, FUSE_FIX)
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict) or type(rank := parameters.get("rank")) is not int or rank < 1:
         raise refuse("adapter_config.json does not say lora_parameters with a rank above 0", where, COPY_FIX)
@@ -217,11 +217,14 @@ def check_adapter(adapter: PlainAdapter, source: ModelSource, where: str) -> Pla
     Raises:
         AdapterError: experts, an embedding, a head that is the embedding, another format than floats, or a wrong shape.
     """
+    fix = FUSE_FIX if adapter.is_transposed else MERGE_FIX
     for name, factors in adapter.modules.items():
-        check_module(name, source, where)
+        check_module(name, source, where, fix)
         shapes = [tensor.shape[::-1] if adapter.is_transposed else tensor.shape for tensor in (factors.a, factors.b)]
         if any(len(shape) == 3 for shape in shapes):
-            raise refuse(f"{factors.a.name} adapts the experts of a mixture, and only linear modules travel", where)
+            raise refuse(
+                f"{factors.a.name} adapts the experts of a mixture, and only linear modules travel", where, fix
+            )
         (a, b), rank = shapes, adapter.rank
         if len(a) != 2 or len(b) != 2 or (a[0], b[1]) != (rank, rank) or 0 in (*a, *b):
             shown = f"{factors.a.name} is {show(factors.a.shape)} and {factors.b.name} {show(factors.b.shape)}"
@@ -235,14 +238,14 @@ def check_adapter(adapter: PlainAdapter, source: ModelSource, where: str) -> Pla
     return adapter
 
 
-def check_module(name: str, source: ModelSource, where: str) -> None:
+def check_module(name: str, source: ModelSource, where: str, fix: str) -> None:
     """Refuses a module, by its name in transformers, that mlx-lm does not have as a linear module of its own."""
     if name.rpartition(".")[2] in EMBEDDINGS:
-        raise refuse(f"{name} is an embedding, and only adapters on linear modules travel", where)
+        raise refuse(f"{name} is an embedding, and only adapters on linear modules travel", where, fix)
     if name == "lm_head":
         # mlx-lm and transformers fill in different defaults where config.json does not say it.
         if source.model_type in HEADLESS_TYPES or source.config.get("tie_word_embeddings") is not False:
-            raise refuse("lm_head shares the embedding's matrix here, and mlx-lm then has no module for it", where)
+            raise refuse("lm_head shares the embedding's matrix here, and mlx-lm then has no module for it", where, fix)
         return
     place = split_layer(to_mlx_module(source.model_type, name), source.model_type)
     if place is None or place[0] >= count_layers(source):

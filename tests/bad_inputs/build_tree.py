@@ -121,10 +121,26 @@ def write_adapter(folder: Path) -> None:
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
+def write_mlx_adapter(folder: Path) -> None:
+    """The same adapter as mlx-lm writes it."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True)
+    parameters = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+    write_json(
+        folder / "adapter_config.json", {"fine_tune_type": "lora", "num_layers": LAYERS, "lora_parameters": parameters}
+    )
+    names = [f"model.layers.{layer}.self_attn.q_proj.lora_" for layer in range(LAYERS)]
+    tensors = {f"{name}a": np.full((HIDDEN, 2), 0.01, np.float32) for name in names}
+    tensors |= {f"{name}b": np.full((2, HIDDEN), 0.01, np.float32) for name in names}
+    save_file(tensors, str(folder / "adapters.safetensors"))
+
+
 def write_good_tree(tree: Path) -> None:
     """The good folder, without a run."""
     write_model(tree / "model")
     write_adapter(tree / "adapter")
+    write_mlx_adapter(tree / "mlx_adapter")
     (tree / "rows.jsonl").write_text(make_rows(), encoding="utf-8")
     (tree / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
 

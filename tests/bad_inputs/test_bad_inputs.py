@@ -29,6 +29,9 @@ GOOD = [
         "name": "good: adapter",
         "run": ["train", "--recipe", "recipe.yaml", "--set", "model.adapter=adapter", "--run", "b"],
     },
+    {"name": "good: mlx adapter", "run": ["merge", "--model", "model", "--adapter", "mlx_adapter", "--out", "merged"]},
+    {"name": "good: export", "run": ["export", "--to", "mlx", "--run", "run"]},
+    {"name": "good: export back", "run": ["export", "--to", "peft", "--model", "model", "--adapter", "mlx_adapter"]},
 ]
 SECONDS = 1.0  # of processor time; a case that loads weights or waits for a limit names its own
 
