@@ -97,9 +97,8 @@ def list_mlx_notes(source: ModelSource, adapter: Path) -> Iterator[str]:
             "mlx-lm's own tools skip parts of a config.json that transformers 5 has written, and may compute another model: "
             f"give them a copy of {source.folder} whose config.json also says {json.dumps(missing)[1:-1]}"
         )
-    if source.model_type == "gpt2" and any(
-        name.startswith("transformer.") for name, _ in iterate_tensor_shapes(source)
-    ):
+    names = (name for name, _ in iterate_tensor_shapes(source))
+    if source.model_type == "gpt2" and any(name.startswith("transformer.") for name in names):
         yield "mlx-lm's own tools do not load GPT-2 as transformers 5 saves it; the one on the hub loads"
     template = adapter / CHAT_TEMPLATE
     if template.is_file() and read_utf8(template).strip() != read_base_template(source.folder).strip():
@@ -111,15 +110,11 @@ def list_mlx_notes(source: ModelSource, adapter: Path) -> Iterator[str]:
 
 def find_unread_settings(source: ModelSource) -> dict[str, Any]:
     """What config.json says in a place where mlx-lm's own loader does not look, under the names that it looks for."""
-    known = (
-        ("rope_theta", "rope_scaling") if source.model_type == "qwen3" else ()
-    )  # the one type that reads both layouts
-    wanted = translate_config(source.config)
-    return {
-        key: value
-        for key, value in wanted.items()
-        if value is not None and source.config.get(key) != value and key not in known
-    }
+    config, wanted = source.config, translate_config(source.config)
+    # Qwen 3's is the one model in mlx-lm that reads both layouts.
+    known = ("rope_theta", "rope_scaling") if source.model_type == "qwen3" else ()
+    changed = {key: value for key, value in wanted.items() if value is not None and config.get(key) != value}
+    return {key: value for key, value in changed.items() if key not in known}
 
 
 def read_base_template(folder: Path) -> str:
