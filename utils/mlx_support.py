@@ -176,6 +176,8 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind in LONG_ROTATIONS:
         # mlx-lm takes the long factors for every row. Rows here stay within the original context (`find_row_limit`).
         found["rope_scaling"] |= {"type": "longrope", "long_factor": rotation.get("short_factor")}
+        if "original_max_position_embeddings" in rotation:  # of which the scale follows; mlx-lm's own is 4,096
+            found["original_max_position_embeddings"] = rotation["original_max_position_embeddings"]
     if config.get("model_type") == "gpt2":
         found["n_ctx"] = config.get("n_positions")
     if config.get("model_type") == "gemma3_text":

@@ -1,7 +1,7 @@
 """One recipe, two back ends: MLX computes the logits, gradients, losses and texts that torch computes.
 
 Torch is the oracle, which other tests hold against transformers, PEFT and TRL. Tiny random models of every supported
-architecture, in float32; torch gets each step in micro-batches, and MLX at once.
+architecture, in float32; torch gets steps in micro-batches, and MLX at once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from utils.mlx_names import MLX_MODEL_TYPES
 from utils.piece_encoder import EncodedExample
 
 pytestmark = pytest.mark.slow
-STEPS = 20
 FACTORS = {"short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [2.0, 3.0, 4.0, 5.0]}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **FACTORS}
 LLAMA3 = {
@@ -61,7 +60,9 @@ MODELS: dict[str, PretrainedConfig] = {
     "llama with linear rotations": LlamaConfig(
         **SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
     ),
-    "phi3 with longrope": Phi3Config(**SHAPE, max_position_embeddings=128, rope_parameters=LONGROPE),
+    "phi3 with longrope": Phi3Config(
+        **SHAPE, max_position_embeddings=128, original_max_position_embeddings=64, rope_parameters=LONGROPE
+    ),
 }
 PROMPTS = [np.arange(3, 3 + length) for length in (5, 9, 7)]
 
@@ -106,16 +107,21 @@ def test_the_first_gradient_of_every_trained_tensor_is_that_of_torch(sides: Side
     assert_same_gradients(collect_torch_gradients(ours, split_rows([batch])), collect_mlx_gradients(theirs, [batch]))
 
 
+@pytest.mark.parametrize("sides", sorted(MLX_MODEL_TYPES), indirect=True)
 def test_losses_of_twenty_steps_are_those_of_torch(sides: Sides) -> None:
-    assert compare_steps(sides, [make_batch()]) > 0.1
+    assert compare_steps(sides, [make_batch()], steps=20) > 0.1
 
 
-def compare_steps(sides: Sides, batches: list[Batch], steps: int = STEPS, tolerance: float = 1e-4) -> float:
-    """Takes the same steps on both sides, asserts the same losses and norms, and gives back how far the loss fell."""
+def compare_steps(sides: Sides, batches: list[Batch], steps: int = 5, tolerance: float = 1e-4) -> float:
+    """Takes the same steps on both sides, asserts the same losses and norms, and gives back how far the loss fell.
+
+    Torch gets every fourth step row by row; all of them would take too long.
+    """
     ours, theirs = sides.make_steps()
-    micro_batches, losses = split_rows(batches), []
+    losses = []
     for number in range(steps):
-        one, other = ours.step(micro_batches, 1e-3), theirs.step(batches, 1e-3)
+        one = ours.step(split_rows(batches) if number % 4 == 0 else batches, 1e-3)
+        other = theirs.step(batches, 1e-3)
         assert other.loss == pytest.approx(one.loss, rel=tolerance), number
         assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=10 * tolerance, abs=1e-5), number
         assert (other.tokens, other.supervised_tokens) == (one.tokens, one.supervised_tokens)
@@ -155,7 +161,7 @@ def test_every_way_of_training_gives_the_gradients_and_losses_of_torch(
     ours, theirs = sides.make_steps()
     batch = make_batch()
     assert_same_gradients(collect_torch_gradients(ours, [batch]), collect_mlx_gradients(theirs, [batch]))
-    assert compare_steps(sides, [batch], steps=8) > 0.02
+    assert compare_steps(sides, [batch]) > 0.02
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
@@ -168,7 +174,7 @@ def test_packed_rows_give_the_losses_of_torch(folders: dict[str, Path], model: s
     packed, padded = [pack_row(examples[:2]), pack_row(examples[2:])], pad_rows(examples, 0)
     ours, theirs = sides.make_steps()
     assert_same_gradients(collect_torch_gradients(ours, [padded]), collect_mlx_gradients(theirs, packed))
-    assert compare_steps(sides, packed, steps=8) > 0.02
+    assert compare_steps(sides, packed) > 0.02
     rows = mlx_backend.evaluate(sides.mlx, packed)
     assert [count for _, count in rows] == [batch.supervised_tokens for batch in packed]
     np.testing.assert_allclose(rows, torch_backend.evaluate(sides.torch, packed), rtol=1e-4)
@@ -197,13 +203,13 @@ def test_preference_pairs_give_the_losses_of_torch(folders: dict[str, Path], mod
     if DPO[name]["reference"] == "precomputed":
         # As of another model: where policy and reference are equal, rounding decides which answer wins.
         batch = replace(batch, reference=scored[0] + np.array([[0.3, -0.2], [-1.0, 0.5], [0.1, 0.4]]))
-    assert compare_steps(sides, [batch], steps=8) > 0.005
+    assert compare_steps(sides, [batch]) > 0.005
 
 
 def test_a_base_in_bfloat16_trains_adapters_in_float32_along_the_losses_of_torch(folders: dict[str, Path]) -> None:
     folder = folders["llama"]
     sides = open_sides(folder, make_recipe(folder, model={"dtype": "bfloat16"}))
-    assert compare_steps(sides, [make_batch()], steps=8, tolerance=0.02) > 0.02
+    assert compare_steps(sides, [make_batch()], tolerance=0.02) > 0.02
     trained = dict(tree_flatten(sides.mlx.network.trainable_parameters()))
     assert {value.dtype for value in trained.values()} == {mx.float32}
     assert sides.mlx.network.model.norm.weight.dtype == mx.bfloat16
