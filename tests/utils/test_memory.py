@@ -158,6 +158,5 @@ def test_a_real_run_needs_what_was_predicted(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
-    # Alone it lies within 3 % (benchmarks/memory.py measures more runs). Beside other tests the same run took 30 % more twice: how far
-    # the heap's gaps grow depends on where the two workers meet.
-    assert facts["predicted_memory"]["total"] == pytest.approx(facts["peak_memory_bytes"], rel=0.45)
+    # It lies within 3 %; benchmarks/memory.py measures more runs.
+    assert facts["predicted_memory"]["total"] == pytest.approx(facts["peak_memory_bytes"], rel=0.15)
