@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,13 +17,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 # Tests run side by side: with several threads each, tiny models mostly wait for each other, at three times the processor time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TUNEBOOK_THREADS", "1")  # which also spares each model the measurement that would choose them
 
+from benchmarks.tiny_models import save_llama, shorten_tokenizer
 from config.structured_config import ModelSection
 from utils.logging import set_up_logging
 from utils.model_source import ModelSource, find_model
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = "embedded/smollm2-135m-instruct"
+TINY_VOCABULARY = 2048
 
 
 class Finished(NamedTuple):
@@ -70,6 +73,12 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunScript]:
     assert server.process.wait(timeout=60) == 0
 
 
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of all garbage collections: of the frameworks' objects each would cost half a second."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     """Silences libraries as every script does."""
@@ -84,24 +93,8 @@ def embedded() -> ModelSource:
 
 @pytest.fixture(scope="session")
 def tiny_llama(embedded: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer random Llama with the embedded model's tokenizer: seconds instead of minutes, nothing else differs."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """A two-layer random Llama with the embedded model's template and its first tokens: seconds instead of minutes."""
     folder = tmp_path_factory.mktemp("tiny_llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(embedded.folder / name, folder / name)
+    shorten_tokenizer(embedded.folder, folder, TINY_VOCABULARY)
+    save_llama(folder, TINY_VOCABULARY, 64)
     return folder
