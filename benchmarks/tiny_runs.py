@@ -1,15 +1,12 @@
 """Real runs of a tiny model in forked processes, ended at chosen moments: torch is imported once, a run takes about a second.
 
-Used by `benchmarks/soak.py` and by the tests, which start it as a server: JSON commands come in, exit codes go out.
-
-    python -m benchmarks.tiny_runs FOLDER
+Used by `benchmarks/soak.py` and by the tests.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import sys
 import threading
@@ -221,32 +218,3 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl without timings."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS} for line in lines]
-
-
-def serve(folder: Path) -> None:
-    """Answers commands from standard input: `{"arguments": [...], "log": …, "moment": {...}, "limit": bytes, "user": id}`.
-
-    `limit` bounds the size of each file, and `user` is who the process then is.
-    """
-    warm_up(folder)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        command = json.loads(line)
-
-        def prepare(command: dict[str, Any] = command) -> None:
-            os.chdir(folder)
-            # On one core there is one thread, whatever else the machine is doing.
-            if command.get("one_core"):
-                os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-            if command.get("limit"):
-                resource.setrlimit(resource.RLIMIT_FSIZE, (command["limit"], command["limit"]))
-            if command.get("user"):
-                os.setuid(command["user"])
-            if command.get("moment"):
-                Moment(**command["moment"]).arm()
-
-        print(wait(start_training(command["arguments"], Path(command["log"]), prepare)), flush=True)
-
-
-if __name__ == "__main__":
-    serve(Path(sys.argv[1]))

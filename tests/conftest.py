@@ -7,9 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -37,40 +38,99 @@ class Finished(NamedTuple):
     stderr: str
 
 
-RunScript = Callable[..., Finished]
+def wait_until(is_there: Callable[[], object], seconds: float = 120) -> None:
+    """Waits for what another process does."""
+    deadline = time.monotonic() + seconds
+    while not is_there():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class RunningScript:
+    """A script that the server has started, and that is to be waited for before the next one."""
+
+    def __init__(self, server: ScriptServer) -> None:
+        self.server = server
+        self.process_id = server.read_number()
+
+    def read_output(self) -> str:
+        """What it has written so far."""
+        return self.server.streams["stdout"].read_text(encoding="utf-8")
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal to the script's own process."""
+        os.kill(self.process_id, number)
+
+    def wait(self) -> Finished:
+        """Waits for its end."""
+        code = self.server.read_number()
+        return Finished(code, *(self.server.streams[name].read_text(encoding="utf-8") for name in ("stdout", "stderr")))
 
 
 class ScriptServer:
     """Runs scripts one after the other, each in a process of its own that need not import the frameworks (script_server.py)."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.streams = {name: folder / name for name in ("stdin", "stdout", "stderr")}
         command = [sys.executable, str(ROOT / "tests" / "script_server.py")]
         self.process = subprocess.Popen(command, cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def run(self, name: str, *arguments: object, cwd: Path, stdin: str = "", **environment: str) -> Finished:
-        """Runs `scripts/<name>.py` as a user would, from `cwd`."""
-        paths = {stream: self.folder / stream for stream in ("stdin", "stdout", "stderr")}
-        for stream, path in paths.items():
-            path.write_text(stdin if stream == "stdin" else "", encoding="utf-8")
-        request = {"name": name, "arguments": [str(each) for each in arguments], "cwd": str(cwd)}
-        request |= {"environment": environment, **{stream: str(path) for stream, path in paths.items()}}
-        assert self.process.stdin is not None
+    def read_number(self) -> int:
+        """The server's next line."""
         assert self.process.stdout is not None
+        return int(self.process.stdout.readline())
+
+    def start(
+        self,
+        name: str,
+        *arguments: object,
+        cwd: Path,
+        stdin: str = "",
+        limits: dict[str, Any] | None = None,
+        **environment: str | None,
+    ) -> RunningScript:
+        """Starts a script as a user would, from `cwd`: one of scripts/, or a module by its full name.
+
+        Args:
+            limits: as in script_server.py.
+            environment: variables; None unsets one.
+        """
+        for stream, path in self.streams.items():
+            path.write_text(stdin if stream == "stdin" else "", encoding="utf-8")
+        request = {
+            "name": name,
+            "arguments": [str(each) for each in arguments],
+            "cwd": str(cwd),
+            "limits": limits or {},
+        }
+        request |= {"environment": environment, **{stream: str(path) for stream, path in self.streams.items()}}
+        assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
-        return Finished(code, *(paths[stream].read_text(encoding="utf-8") for stream in ("stdout", "stderr")))
+        return RunningScript(self)
+
+    def run(self, name: str, *arguments: object, **options: Any) -> Finished:
+        """Starts a script and waits for its end."""
+        return self.start(name, *arguments, **options).wait()
 
 
 @pytest.fixture(scope="session")
-def run_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunScript]:
-    """`run_script("train", "--recipe", path, cwd=folder)`, and environment variables as further keywords."""
+def script_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptServer]:
+    """One for all tests of this worker."""
     server = ScriptServer(tmp_path_factory.mktemp("script_server"))
-    yield server.run
+    yield server
     assert server.process.stdin is not None
     server.process.stdin.close()
     assert server.process.wait(timeout=60) == 0
+
+
+RunScript = Callable[..., Finished]
+
+
+@pytest.fixture(scope="session")
+def run_script(script_server: ScriptServer) -> RunScript:
+    """`run_script("train", "--recipe", path, cwd=folder)`, and environment variables as further keywords."""
+    return script_server.run
 
 
 def pytest_collection_finish() -> None:
