@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import sys
 import time
@@ -29,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from benchmarks.rows import describe_machine  # noqa: E402
+from benchmarks.small_sets import TEST_ROWS, SmallSet, draw, list_sets, read_lines  # noqa: E402
 from config.recipe_io import load_recipe  # noqa: E402
 from scripts.train import main as train  # noqa: E402
 from utils.backends import load_backend  # noqa: E402
@@ -43,22 +43,8 @@ from utils.run_folder import RunFolder  # noqa: E402
 RESULT = ROOT / "docs" / "results" / "small_data.md"
 PICTURE = RESULT.with_suffix(".png")
 ARMS = {"plain": "off", "adaptive": "auto", "gentle": "gentle"}
-TEST_ROWS = 40
-POOL = 4  # rows are drawn from the shortest ones, this many times as many as are needed: a CPU is slow
 RESAMPLES = 5000
-Row = dict[str, str]
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class SmallSet:
-    """One task: rows to draw training sets from, rows to measure on, and how long an answer may be in tokens."""
-
-    name: str
-    metric: str
-    longest_answer: int
-    pool: list[Row]
-    test: list[Row]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.relative_to(ROOT)}")
     options = parser.parse_args(arguments)
     set_up_logging("WARNING")
-    sets = list_sets(options)
+    sets = list_sets(options.wikisql, options.gsm8k, options.rows)
     options.out.mkdir(parents=True, exist_ok=True)
     run_missing(sets, options)
     results = [result for result in read_results(options.out) if result["rows"] == options.rows]
@@ -85,73 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plot(sets, results)
         print(f"\nWrote {RESULT} and {PICTURE.name}")
     return 0
-
-
-def list_sets(options: argparse.Namespace) -> list[SmallSet]:
-    """The tasks whose files are there."""
-    shipped = ROOT / "data" / "text_to_sql"
-    sets = [make_set("text to SQL", "execution_accuracy", 40, read_messages(shipped / "train.jsonl"), options.rows)]
-    test = read_messages(shipped / "eval.jsonl")
-    sets[0].test[:] = draw(sorted(test, key=measure_row)[: 2 * TEST_ROWS], TEST_ROWS, 0)
-    if options.wikisql:
-        sets.append(make_set("WikiSQL", "exact_match", 32, read_wikisql(options.wikisql), options.rows))
-    if options.gsm8k:
-        sets.append(make_set("GSM8K", "exact_match", 6, read_gsm8k(options.gsm8k), options.rows))
-    return sets
-
-
-def measure_row(row: Row) -> int:
-    """Characters of prompt and completion."""
-    return len(row["prompt"]) + len(row["completion"])
-
-
-def make_set(name: str, metric: str, longest_answer: int, rows: list[Row], count: int) -> SmallSet:
-    """Takes the shortest rows, every prompt once, and sets test rows aside."""
-    unique = list({row["prompt"]: row for row in rows}.values())
-    short = sorted(unique, key=measure_row)[: POOL * count + TEST_ROWS]
-    shuffled = draw(short, len(short), 0)
-    return SmallSet(name, metric, longest_answer, shuffled[TEST_ROWS:], shuffled[:TEST_ROWS])
-
-
-def draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    """A seeded choice without repetition."""
-    return [rows[index] for index in np.random.default_rng(seed).permutation(len(rows))[:count]]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def read_messages(path: Path) -> list[Row]:
-    """Conversations of one question and one answer; a database to run the answer on is kept."""
-    return [
-        {
-            "prompt": f"{row['messages'][0]['content']}\n",
-            "completion": row["messages"][1]["content"],
-            **({"database": row["database"]} if "database" in row else {}),
-        }
-        for row in read_lines(path)
-    ]
-
-
-def read_wikisql(path: Path) -> list[Row]:
-    """Columns and question → query; the table's id, a dozen tokens that say nothing, becomes `t`."""
-    rows = []
-    for row in read_lines(path):
-        table, _, rest = row["text"].partition("\n")
-        prompt, _, query = rest.partition("\nA: ")
-        name = re.escape(table.removeprefix("table: ").strip())
-        rows.append({"prompt": f"{prompt.strip()}\n", "completion": re.sub(rf"FROM {name}", "FROM t", query.strip())})
-    return rows
-
-
-def read_gsm8k(path: Path) -> list[Row]:
-    """Question → the number alone: a task that a small model hardly learns, so that training too long would show."""
-    return [
-        {"prompt": f"{row['question'].strip()}\n", "completion": row["answer"].rpartition("#### ")[2].strip()}
-        for row in read_lines(path)
-    ]
 
 
 def run_missing(sets: Sequence[SmallSet], options: argparse.Namespace) -> None:

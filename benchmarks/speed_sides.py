@@ -10,7 +10,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,23 +207,17 @@ def run_tunebook(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measur
     (cache / "filled").touch()
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return Measurement(
-        side=side.name,
-        work=prepared.work.name,
-        round=number,
-        cold=cold,
-        started=done.started,
-        ends=ends,
-        tokens=[row["tokens"] for row in rows],
-        supervised=[row["supervised_tokens"] for row in rows],
-        losses=[math.nan if row["loss"] is None else row["loss"] for row in rows],
-        norms=[math.nan if row["grad_norm"] is None else row["grad_norm"] for row in rows],
-        trainable=facts["trainable_parameters"],
-        peak_bytes=done.peak_bytes,
-        foreign=done.foreign,
-        dtype=facts["dtype"],
-        versions={name: facts["versions"][name] for name in ("torch", "transformers", "peft")},
-    )
+    result = {
+        "step_ends": ends,
+        "tokens": [row["tokens"] for row in rows],
+        "supervised_tokens": [row["supervised_tokens"] for row in rows],
+        "losses": [math.nan if row["loss"] is None else row["loss"] for row in rows],
+        "gradient_norms": [math.nan if row["grad_norm"] is None else row["grad_norm"] for row in rows],
+        "trainable_parameters": facts["trainable_parameters"],
+        "dtype": facts["dtype"],
+        "versions": {name: facts["versions"][name] for name in ("torch", "transformers", "peft")},
+    }
+    return replace(make_measurement(side, prepared, number, done, result), cold=cold)
 
 
 def run_peer(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measurement:
@@ -240,7 +234,17 @@ def run_peer(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measuremen
     done = execute(command, {}, attempt, lambda: None)
     if done.error:
         return make_failure(side, prepared, number, done)
-    result: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+    return make_measurement(side, prepared, number, done, json.loads(target.read_text(encoding="utf-8")))
+
+
+def make_measurement(
+    side: Side, prepared: PreparedWork, number: int, done: Execution, result: dict[str, Any]
+) -> Measurement:
+    """A cold run that has ended well.
+
+    Args:
+        result: what a peer's script writes (`benchmarks/peers/peer_job.py`).
+    """
     return Measurement(
         side=side.name,
         work=prepared.work.name,

@@ -1,15 +1,12 @@
 """Real runs of a tiny model in forked processes, ended at chosen moments: torch is imported once, a run takes about a second.
 
-Used by `benchmarks/soak.py` and by the tests, which start it as a server: JSON commands come in, exit codes go out.
-
-    python -m benchmarks.tiny_runs FOLDER
+Used by `benchmarks/soak.py` and by the tests.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import sys
 import threading
@@ -22,15 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.tiny_models import build_tiny_model
 from scripts import train
 from utils import cli
 
 TIMINGS = ("tokens_per_second",)
-SPECIAL = ["<unk>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 DISK_CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
 
@@ -88,35 +81,6 @@ def watch_calls(function: str, count: Callable[[], None]) -> None:
 
     threading.setprofile(watch)
     sys.setprofile(watch)
-
-
-def build_tiny_model(folder: Path) -> Path:
-    """A Llama of 6,000 parameters with a tokenizer of single characters."""
-    import torch
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    texts = [*SPECIAL, *(chr(code) for code in range(32, 127))]
-    tokenizer = Tokenizer(models.WordLevel({text: number for number, text in enumerate(texts)}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, additional_special_tokens=SPECIAL[3:])
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def write_tiny_recipe(folder: Path, model: Path, changes: dict[str, Any] | None = None) -> Path:
@@ -254,32 +218,3 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl without timings."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS} for line in lines]
-
-
-def serve(folder: Path) -> None:
-    """Answers commands from standard input: `{"arguments": [...], "log": …, "moment": {...}, "limit": bytes, "user": id}`.
-
-    `limit` bounds the size of each file, and `user` is who the process then is.
-    """
-    warm_up(folder)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        command = json.loads(line)
-
-        def prepare(command: dict[str, Any] = command) -> None:
-            os.chdir(folder)
-            # On one core there is one thread, whatever else the machine is doing.
-            if command.get("one_core"):
-                os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-            if command.get("limit"):
-                resource.setrlimit(resource.RLIMIT_FSIZE, (command["limit"], command["limit"]))
-            if command.get("user"):
-                os.setuid(command["user"])
-            if command.get("moment"):
-                Moment(**command["moment"]).arm()
-
-        print(wait(start_training(command["arguments"], Path(command["log"]), prepare)), flush=True)
-
-
-if __name__ == "__main__":
-    serve(Path(sys.argv[1]))

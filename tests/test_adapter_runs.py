@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from scripts import baseline_inference, evaluate_run, infer, merge, train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY_VOCABULARY
 from utils.exceptions import RunError
 
 pytestmark = pytest.mark.slow
@@ -89,12 +89,12 @@ def test_added_tokens_are_there_in_every_script_and_in_the_merged_model(tiny_lla
     # The evaluation stands on the untouched base with the converted adapter: the same loss as in training.
     assert report["metrics"]["loss"]["tuned"] == pytest.approx(facts["best_eval_loss"], abs=1e-4)
     merged = work / "run" / "merged"
-    assert json.loads((merged / "config.json").read_text())["vocab_size"] == 49_154
+    assert json.loads((merged / "config.json").read_text())["vocab_size"] == TINY_VOCABULARY + 2
     assert {"<say>", "<done>"} <= {
         token["content"] for token in json.loads((merged / "tokenizer.json").read_text())["added_tokens"]
     }
     with safe_open(merged / "model.safetensors", framework="pt") as file:
-        assert file.get_slice("model.embed_tokens.weight").get_shape() == [49_154, 64]
+        assert file.get_slice("model.embed_tokens.weight").get_shape() == [TINY_VOCABULARY + 2, 64]
 
 
 def test_a_run_on_a_finished_adapter_starts_where_that_one_ended(tiny_llama: Path, work: Path) -> None:
@@ -154,7 +154,7 @@ def test_experts_that_transformers_puts_together_are_merged_in_memory_and_compar
         "head_dim": 16,
     }
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 32}
-    config = Qwen3MoeConfig(vocab_size=49_152, bos_token_id=1, eos_token_id=2, **sizes, **experts)
+    config = Qwen3MoeConfig(vocab_size=TINY_VOCABULARY, bos_token_id=1, eos_token_id=2, **sizes, **experts)
     AutoModelForCausalLM.from_config(config).save_pretrained(str(base))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(tiny_llama / name, base / name)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,10 @@ import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from scripts import baseline_inference, evaluate_run, infer, merge, preview_data, train, validate
+from tests.conftest import ScriptServer, wait_until
 from utils.exceptions import DataError, RecipeError, RunError
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = ("margin", "accuracy", "chosen_reward", "rejected_reward")
 METRICS = ["preference_accuracy", "preference_accuracy_per_token", "reward_accuracy", "loss"]
 
@@ -313,20 +310,18 @@ def test_people_see_which_answers_are_good_ones(
 
 
 def test_sigterm_in_the_reference_pass_leaves_no_half_folder_and_a_run_that_says_stopped(
-    tmp_path: Path, tiny_llama: Path
+    tmp_path: Path, tiny_llama: Path, script_server: ScriptServer
 ) -> None:
     # The process died by the signal itself: run.json said `running` for good, and the cache kept a half-built entry.
     run, recipe = tmp_path / "run", write_recipe(tmp_path, tiny_llama, "dpo", pairs=1500)
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe", str(recipe), "--run", str(run)]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("cache/tokens/.reference-*")) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
+    script = script_server.start(
+        "train", "--recipe", recipe, "--run", run, cwd=tmp_path, TUNEBOOK_CACHE=str(tmp_path / "cache")
+    )
+    wait_until(lambda: list(tmp_path.glob("cache/tokens/.reference-*")))
+    script.send_signal(signal.SIGTERM)
+    done = script.wait()
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert (facts["status"], facts["error"]) == ("stopped", "stopped by SIGTERM")
     assert not list((tmp_path / "cache").rglob(".*tmp-*"))
-    assert "Traceback" not in output
+    assert "Traceback" not in done.stderr

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import RunScript
 from utils.data_formats import read_examples
 from utils.data_loading import load_rows
 from utils.data_preparation import Order, Prepared, format_prepared, prepare_rows
 from utils.exceptions import DataError, RunError
 from utils.fingerprints import fingerprint_example
 
-ROOT = Path(__file__).resolve().parents[1]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 MIXED: list[dict[str, Any]] = [
@@ -59,12 +56,6 @@ def prepare(source: str, target: Path, **settings: Any) -> Prepared:
 def list_prints(path: str | Path) -> list[bytes]:
     """What the rows teach, whatever their format."""
     return [fingerprint_example(example)[1] for example in read_examples(load_rows(str(path)))]
-
-
-def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -196,23 +187,34 @@ def test_columns_that_another_format_reads_are_named_when_left_out(tmp_path: Pat
     assert load_rows(str(order.target))[0].fields["id"] == 1
 
 
-def test_what_is_wrong_with_columns_is_said_in_words_of_the_option(tmp_path: Path) -> None:
+def test_what_is_wrong_with_columns_is_said_in_words_of_the_option(tmp_path: Path, run_script: RunScript) -> None:
     # The messages named data.columns, a key of recipes.
     write(tmp_path / "a.jsonl", [{"q": "a?", "reply": "b"}])
-    done = run(tmp_path, "--in", "a.jsonl", "--out", "b.jsonl", "--columns", "none=question", "--to", "messages")
+    done = run_script(
+        "prepare_data",
+        "--in",
+        "a.jsonl",
+        "--out",
+        "b.jsonl",
+        "--columns",
+        "none=question",
+        "--to",
+        "messages",
+        cwd=tmp_path,
+    )
     assert done.returncode == 3
     assert "--columns names 'none', which no row has" in done.stderr
     write(tmp_path / "c.jsonl", [{"query": "a?", "solution": "b"}])
-    done = run(tmp_path, "--in", "c.jsonl", "--out", "b.jsonl")
+    done = run_script("prepare_data", "--in", "c.jsonl", "--out", "b.jsonl", cwd=tmp_path)
     assert "--columns query=question solution=answer, or" in done.stderr
     assert "data.columns" not in done.stderr
 
 
-def test_the_script_converts_splits_and_says_what_comes_next(tmp_path: Path) -> None:
+def test_the_script_converts_splits_and_says_what_comes_next(tmp_path: Path, run_script: RunScript) -> None:
     source = tmp_path / "a.jsonl.gz"
     source.write_bytes(gzip.compress("".join(f'{{"q": "{n}?", "a": "yes"}}\n' for n in range(20)).encode()))
     arguments = ("--columns", "q=question", "a=answer", "--to", "messages", "--split", "0.1", "--deduplicate")
-    done = run(tmp_path, "--in", "a.jsonl.gz", "--out", "rows.jsonl", *arguments)
+    done = run_script("prepare_data", "--in", "a.jsonl.gz", "--out", "rows.jsonl", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "question_answer" in done.stdout
     assert "--set data.train=rows.jsonl --set data.eval=rows_eval.jsonl" in done.stdout.splitlines()[-1]
@@ -231,10 +233,10 @@ def test_the_script_converts_splits_and_says_what_comes_next(tmp_path: Path) -> 
     ],
 )
 def test_bad_arguments_have_the_documented_exit_code_and_leave_nothing(
-    tmp_path: Path, arguments: tuple[str, ...], code: int
+    tmp_path: Path, run_script: RunScript, arguments: tuple[str, ...], code: int
 ) -> None:
     write(tmp_path / "a.jsonl", make_rows(3))
-    done = run(tmp_path, *arguments)
+    done = run_script("prepare_data", *arguments, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import Finished, RunScript
 from utils.model_source import ModelSource
 from utils.tokenizer_files import load_tokenizer
 
@@ -40,13 +43,17 @@ def recipe(tmp_path: Path, embedded: ModelSource) -> Path:
     return path
 
 
-def preview(recipe: Path, *arguments: str, interpreter: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *interpreter, "scripts/preview_data.py", "--recipe", str(recipe), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+Preview = Callable[..., Finished]
 
 
-def test_json_rows_hold_text_ids_and_a_mask_of_the_answer(recipe: Path, embedded: ModelSource) -> None:
-    done = preview(recipe, "--rows", "6", "--json")
+@pytest.fixture
+def preview(recipe: Path, tmp_path: Path, run_script: RunScript) -> Preview:
+    """`preview("--rows", "1")` shows the rows of that recipe."""
+    return functools.partial(run_script, "preview_data", "--recipe", recipe, cwd=tmp_path)
+
+
+def test_json_rows_hold_text_ids_and_a_mask_of_the_answer(preview: Preview, embedded: ModelSource) -> None:
+    done = preview("--rows", "6", "--json")
     assert done.returncode == 0, done.stderr
     tokenizer = load_tokenizer(embedded.folder)
     rows = json.loads(done.stdout)["rows"]
@@ -63,8 +70,8 @@ def test_json_rows_hold_text_ids_and_a_mask_of_the_answer(recipe: Path, embedded
     assert [row["where"].rpartition(":")[2] for row in rows] == [str(line) for line in range(1, 7)]
 
 
-def test_statistics_add_up(recipe: Path) -> None:
-    answer = json.loads(preview(recipe, "--rows", "100", "--json").stdout)
+def test_statistics_add_up(preview: Preview) -> None:
+    answer = json.loads(preview("--rows", "100", "--json").stdout)
     statistics, rows = answer["statistics"], answer["rows"]
     lengths = [len(row["input_ids"]) for row in rows]
 
@@ -85,9 +92,9 @@ def test_statistics_add_up(recipe: Path) -> None:
         assert bar["examples"] == sum(bar["from"] <= length < bar["below"] for length in lengths)
 
 
-def test_people_see_marks_a_table_and_a_picture(recipe: Path, tmp_path: Path) -> None:
+def test_people_see_marks_a_table_and_a_picture(preview: Preview, tmp_path: Path) -> None:
     picture = tmp_path / "lengths.png"
-    done = preview(recipe, "--rows", "1", "--picture", str(picture))
+    done = preview("--rows", "1", "--picture", str(picture))
 
     assert done.returncode == 0, done.stderr
     assert "⟦1!<|im_end|>⟧" in done.stdout
@@ -97,19 +104,19 @@ def test_people_see_marks_a_table_and_a_picture(recipe: Path, tmp_path: Path) ->
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_that_cannot_be_written_is_an_error_with_a_fix(recipe: Path, tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_written_is_an_error_with_a_fix(preview: Preview, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = preview(recipe, "--picture", str(tmp_path / "file" / "x.png"))
+    done = preview("--picture", str(tmp_path / "file" / "x.png"))
 
     assert done.returncode == 5
     assert "--picture" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_left_out_rows_and_copies_are_counted(recipe: Path, tmp_path: Path) -> None:
+def test_left_out_rows_and_copies_are_counted(preview: Preview, tmp_path: Path) -> None:
     rows = [*ROWS, ROWS[0], {"prompt": "Long", "completion": "word " * 300}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    done = preview(recipe, "--json", "--set", "data.max_length=128", "--set", "data.overlong=drop")
+    done = preview("--json", "--set", "data.max_length=128", "--set", "data.overlong=drop")
     answer = json.loads(done.stdout)
 
     assert answer["statistics"]["left_out"] == 1
@@ -122,7 +129,8 @@ def test_left_out_rows_and_copies_are_counted(recipe: Path, tmp_path: Path) -> N
 def test_a_bad_row_is_reported_without_a_framework(recipe: Path, tmp_path: Path) -> None:
     with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"prompt": "Hi", "completion": 3}\n')
-    done = preview(recipe, interpreter=("-X", "importtime"))
+    command = [sys.executable, "-X", "importtime", "scripts/preview_data.py", "--recipe", str(recipe)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
 
     assert done.returncode == 3

@@ -7,17 +7,17 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from benchmarks.tiny_models import build_tiny_model
 from benchmarks.tiny_runs import count_different_bytes, read_metrics, write_tiny_recipe
+from tests.conftest import ScriptServer
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Done(NamedTuple):
@@ -28,45 +28,29 @@ class Done(NamedTuple):
 
 
 class Runs:
-    """Trains in forked processes of one server."""
+    """Trains a tiny model in forked processes."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.model = folder, folder / "model"
-        self.number = 0
-        command = [sys.executable, "-m", "benchmarks.tiny_runs", str(folder)]
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.server = subprocess.Popen(command, cwd=ROOT, text=True, **streams)
-        assert self.server.stdout is not None
-        while self.server.stdout.readline() not in ("ready\n", ""):
-            pass
+    def __init__(self, folder: Path, server: ScriptServer) -> None:
+        self.folder, self.server = folder, server
+        self.model = build_tiny_model(folder / "model")
 
     def write(self, name: str, changes: dict[str, Any] | None = None) -> Path:
         """A recipe in a folder of its own."""
         return write_tiny_recipe(self.folder / name, self.model, changes)
 
-    def train(self, *arguments: object, **options: Any) -> Done:
-        """Runs train.py; `moment` says when a signal ends it, `limit` how large a file may become."""
-        self.number += 1
-        log = self.folder / f"{self.number}.log"
-        command = {"arguments": [str(each) for each in arguments], "log": str(log), **options}
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        self.server.stdin.write(json.dumps(command) + "\n")
-        self.server.stdin.flush()
-        code = int(self.server.stdout.readline())
-        text = log.read_text(encoding="utf-8")
+    def train(self, *arguments: object, chooses_threads: bool = False, **limits: Any) -> Done:
+        """Runs train.py; `moment` says when a signal ends it, `size` how large a file may become."""
+        environment = {"TUNEBOOK_THREADS": None} if chooses_threads else {}
+        done = self.server.run("train", *arguments, cwd=self.folder, limits=limits, **environment)
+        text = done.stdout + done.stderr
         assert "Traceback" not in text, text
-        return Done(code, text)
+        return Done(done.returncode, text)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """The server."""
-    started = Runs(tmp_path_factory.mktemp("runs"))
-    yield started
-    assert started.server.stdin is not None
-    started.server.stdin.close()
-    assert started.server.wait(timeout=60) == 0
+def runs(tmp_path_factory: pytest.TempPathFactory, script_server: ScriptServer) -> Runs:
+    """The folder of all runs."""
+    return Runs(tmp_path_factory.mktemp("runs"), script_server)
 
 
 def on_disk(number: int, run: Path, *signals: int) -> dict[str, Any]:
@@ -106,12 +90,12 @@ CASES = {
 def test_a_killed_run_ends_with_the_bytes_of_one_that_never_stopped(runs: Runs, name: str) -> None:
     recipe = runs.write(name, CASES[name])
     whole, killed = recipe.parent / "whole", recipe.parent / "killed"
-    one_core = {"one_core": name == "dropout and noise"}
-    assert runs.train("--recipe", recipe, "--run", whole, **one_core).code == 0
+    options = {"one_core": name == "dropout and noise", "chooses_threads": "packed" in name}
+    assert runs.train("--recipe", recipe, "--run", whole, **options).code == 0
     # In the accumulation of a step, with micro-batches before it; then in a save behind an evaluation.
-    assert runs.train("--recipe", recipe, "--run", killed, moment=at_call("compute", 8), **one_core).code == -9
-    assert runs.train("--resume", killed, moment=on_disk(40, killed), **one_core).code == -9
-    done = runs.train("--resume", killed, **one_core)
+    assert runs.train("--recipe", recipe, "--run", killed, moment=at_call("compute", 8), **options).code == -9
+    assert runs.train("--resume", killed, moment=on_disk(40, killed), **options).code == -9
+    done = runs.train("--resume", killed, **options)
     assert done.code == 0, done.text
     assert find_differences(whole, killed) == SAME
     facts = json.loads((killed / "run.json").read_text(encoding="utf-8"))
@@ -296,7 +280,7 @@ def test_a_run_json_that_is_damaged_is_refused(runs: Runs, stopped: Path, change
     path = stopped / "run.json"
     kept = path.read_text(encoding="utf-8")
     path.write_text(json.dumps({**json.loads(kept), **changes}), encoding="utf-8")
-    done = runs.train("--resume", stopped)
+    done = runs.train("--resume", stopped, chooses_threads=True)
     path.write_text(kept, encoding="utf-8")
     assert done.code in (2, 4, 5), done.text
     assert "error: " in done.text
@@ -305,7 +289,7 @@ def test_a_run_json_that_is_damaged_is_refused(runs: Runs, stopped: Path, change
 def test_a_file_that_may_grow_no_further_ends_a_run_with_its_last_checkpoint_whole(runs: Runs, whole: Path) -> None:
     # The size limit of a quota: safetensors, tokenizers and Python each report it in their own way.
     run = runs.folder / "quota"
-    done = runs.train("--recipe", whole.parent / "tiny.yaml", "--run", run, limit=16_000)
+    done = runs.train("--recipe", whole.parent / "tiny.yaml", "--run", run, size=16_000)
     assert done.code == 5, done.text
     assert "File too large" in done.text
     assert f"--resume {run}" in done.text

@@ -6,9 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import numpy as np
 import pytest
 
 from scripts import evaluate_run, infer, merge, train
-from tests.conftest import Finished, RunScript
+from tests.conftest import Finished, RunScript, ScriptServer, wait_until
 from utils.exceptions import RecipeError, RunError
 
 pytestmark = pytest.mark.slow
@@ -223,41 +220,33 @@ def test_a_conversation_remembers_and_ends(finished: Path, run_script: RunScript
     assert "control token <|im_end|>" in done.stderr
 
 
-def test_ctrl_c_ends_an_answer_and_the_script(tiny_llama: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_an_answer_and_the_script(tiny_llama: Path, tmp_path: Path, script_server: ScriptServer) -> None:
     # The thread that computed the answer outlived the interpreter, which then aborted: exit -6.
-    arguments = ("--model", str(tiny_llama), "--prompt", "Hi", "--set", "generation.max_new_tokens=1900")
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "infer.py"), *arguments],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
-    )
-    assert process.stdout is not None
-    process.stdout.read(5)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert b"Interrupted." in errors
-    assert b"Traceback" not in errors
+    arguments = ("--model", tiny_llama, "--prompt", "Hi", "--set", "generation.max_new_tokens=1900")
+    script = script_server.start("infer", *arguments, cwd=tmp_path, limits={"to_the_end": True})
+    wait_until(lambda: script.read_output())
+    script.send_signal(signal.SIGINT)
+    done = script.wait()
+    assert done.returncode == 130, done.stderr
+    assert "Interrupted." in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_a_signal_finishes_the_step_saves_and_says_so(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_signal_finishes_the_step_saves_and_says_so(
+    tiny_llama: Path, tmp_path: Path, script_server: ScriptServer
+) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, max_steps=20_000, eval_every=10_000)
     run = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe", str(recipe), "--run", str(run)]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    script = script_server.start("train", "--recipe", recipe, "--run", run, cwd=tmp_path)
+    wait_until((run / "metrics.jsonl").exists)
+    script.send_signal(signal.SIGINT)
+    done = script.wait()
+    assert done.returncode == 130, done.stderr
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert facts["status"] == "stopped"
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     assert (run / "checkpoints" / f"step-{facts['steps']}").is_dir()
-    assert "Traceback" not in output
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")

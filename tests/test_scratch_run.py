@@ -16,12 +16,19 @@ SENTENCE = "the cat sat on the mat and the dog ran to the sea.\n"
 def write_recipe(folder: Path, architecture: str) -> Path:
     """A recipe for a tiny new model and its corpus."""
     (folder / "corpus.txt").write_text(SENTENCE * 80, encoding="utf-8")
+    steps = {"llama": 100, "gpt2": 150}[architecture]
     recipe = {
         "model": {"name": "tiny", "init": "scratch"},
         "data": {"train": str(folder / "corpus.txt")},
         # 32 and the sentence's 51 characters share no factor: windows begin at each of its letters.
         "scratch": {"architecture": architecture, "layers": 2, "heads": 2, "width": 32, "context": 64, "stride": 32},
-        "training": {"method": "sft", "batch_size": 16, "learning_rate": 1e-2, "max_steps": 150, "eval_every": 75},
+        "training": {
+            "method": "sft",
+            "batch_size": 16,
+            "learning_rate": 1e-2,
+            "max_steps": steps,
+            "eval_every": steps // 2,
+        },
         "generation": {"max_new_tokens": 150},
         "evaluation": {"metrics": ["loss", "perplexity"]},
     }

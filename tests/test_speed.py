@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks.speed_bound import NeededWork
 from benchmarks.speed_process import Attempt, execute, watch_lines
@@ -21,23 +21,14 @@ from benchmarks.speed_report import format_work
 from benchmarks.speed_results import WorkResult, find_faults, load_results, save_results, summarise, take_up
 from benchmarks.speed_sides import SIDES, Measurement
 from benchmarks.speed_work import convert_example, measure_rows, measure_square
+from benchmarks.tiny_models import make_llama_config
 from utils.piece_encoder import EncodedExample
 
 TOKENS = 24
 
 
 def build_model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        attn_implementation="eager",
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(make_llama_config(100, 32, intermediate_size=48, attn_implementation="eager"))
 
 
 def count_with_torch(model: torch.nn.Module) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from utils.exceptions import MachineError
-from utils.machine import count_usable_bytes, count_workers
+from utils.machine import count_usable_bytes, count_workers, measure_peak_resident
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MAX_THREADS = 1024
@@ -209,5 +209,4 @@ def measure_peak_memory(device: str) -> int:
     """Peak bytes of this process: device memory on CUDA, resident memory elsewhere."""
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
+    return measure_peak_resident()

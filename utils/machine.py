@@ -204,10 +204,23 @@ def read_available_memory() -> int | None:
     return read_meminfo("MemAvailable")
 
 
-def read_meminfo(name: str) -> int | None:
-    """A line of /proc/meminfo in bytes; None where the system has no such file."""
+def measure_peak_resident() -> int:
+    """Bytes of resident memory that this process has held at most.
+
+    Linux's ru_maxrss is not that number: it goes on from the peak of the program that started this one, as a notebook.
+    """
+    if own := read_meminfo("VmHWM", Path("/proc/self/status")):
+        return own
+    import resource  # absent on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10  # bytes on macOS, kilobytes elsewhere
+
+
+def read_meminfo(name: str, path: Path = Path("/proc/meminfo")) -> int | None:
+    """A line of /proc/meminfo, or of a process's status, in bytes; None where the system does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:")), None)

@@ -19,19 +19,24 @@ from utils.machine import count_usable_bytes, measure_memory
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def take_steps(folder: Path, megabytes: int) -> dict[str, Any]:
-    """Two steps on 8 rows of 1,900 tokens, all in one forward pass at first, in a process with a limit."""
-    command = [sys.executable, "tests/backends/out_of_memory_step.py", str(folder), str(megabytes)]
+LIMITS = {"none": 0, "half": 80, "far too little": 10}  # megabytes
+
+
+@pytest.fixture(scope="module")
+def results(tiny_llama: Path) -> dict[str, dict[str, Any]]:
+    """What becomes of two steps on 8 long rows under each limit."""
+    command = [sys.executable, "tests/backends/out_of_memory_step.py", str(tiny_llama), *map(str, LIMITS.values())]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return dict(zip(LIMITS, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
-def test_a_step_that_does_not_fit_is_taken_in_smaller_passes_with_the_same_result(tiny_llama: Path) -> None:
-    whole, cut = take_steps(tiny_llama, 0), take_steps(tiny_llama, 110)
+def test_a_step_that_does_not_fit_is_taken_in_smaller_passes_with_the_same_result(
+    results: dict[str, dict[str, Any]],
+) -> None:
+    whole, cut = results["none"], results["half"]
     assert whole["halvings"] == 0
     assert 1 <= cut["halvings"] <= 3
     assert cut["losses"] == pytest.approx(whole["losses"], rel=1e-6)
@@ -40,8 +45,8 @@ def test_a_step_that_does_not_fit_is_taken_in_smaller_passes_with_the_same_resul
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
-def test_a_single_row_that_does_not_fit_is_an_error_with_the_line_to_change(tiny_llama: Path) -> None:
-    result = take_steps(tiny_llama, 20)
+def test_a_single_row_that_does_not_fit_is_an_error_with_the_line_to_change(results: dict[str, dict[str, Any]]) -> None:
+    result = results["far too little"]
     assert result["halvings"] == 3
     for word in ("training.micro_batch_size", "data.max_length", "gradient_checkpointing"):
         assert word in result["error"]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from config.structured_config import Recipe
+from tests.conftest import TINY_VOCABULARY
 from utils.backends import torch_backend
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_quantization import find_repacked
@@ -53,7 +54,7 @@ def make_batch() -> Batch:
     """Two rows of different lengths."""
     random = np.random.default_rng(0)
     return pad_rows(
-        [EncodedExample(random.integers(5, 40_000, n), np.arange(n) >= n // 2, "rows:1") for n in (20, 13)], 2
+        [EncodedExample(random.integers(5, TINY_VOCABULARY, n), np.arange(n) >= n // 2, "rows:1") for n in (20, 13)], 2
     )
 
 

@@ -12,12 +12,10 @@ import gc
 import importlib
 import json
 import os
-import runpy
 import shutil
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,19 @@ sys.path[0] = str(ROOT)
 HANGS_AFTER = 20.0  # seconds
 LIGHT = ("pyarrow.parquet", "transformers.tokenization_utils_tokenizers", "utils.preflight", "utils.preview")
 HEAVY = (
-    *("transformers.models.llama.modeling_llama", "utils.backends.torch_backend", "utils.evaluation", "utils.merging"),
-    *("utils.data_preparation", "utils.report", "utils.session", "utils.training_run"),
+    "utils.backends.torch_start",
+    "utils.backends.torch_backend",
+    "transformers.models.llama.modeling_llama",
+    "utils.data_preparation",
+    "utils.evaluation",
+    "utils.merging",
+    "utils.report",
+    "utils.session",
+    "utils.training_run",
 )
 
 from tests.bad_inputs.build_tree import change_tree, hash_tree, write_good_tree  # noqa: E402 - the line above it finds it
+from tests.script_server import become_script  # noqa: E402
 
 
 def import_modules(names: tuple[str, ...]) -> None:
@@ -44,9 +50,21 @@ def run_case(tree: Path, command: list[str], environment: dict[str, str]) -> dic
     """Runs one script in a fork and tells what it said, how long it computed and what it changed."""
     before = hash_tree(tree)
     out, err = tree.with_suffix(".out"), tree.with_suffix(".err")
+    for path in (out, err):
+        path.write_bytes(b"")
+    streams = {"stdin": os.devnull, "stdout": str(out), "stderr": str(err)}
     child = os.fork()
     if child == 0:
-        run_script(tree, command, environment, out, err)
+        become_script(
+            {
+                "name": command[0],
+                "arguments": command[1:],
+                "cwd": tree,
+                "environment": environment,
+                "limits": {},
+                **streams,
+            }
+        )
     started = time.monotonic()
     while True:
         done, status, usage = os.wait4(child, os.WNOHANG)
@@ -63,27 +81,6 @@ def run_case(tree: Path, command: list[str], environment: dict[str, str]) -> dic
         "changed": sorted(name for name, _ in set(before.items()) ^ set(hash_tree(tree).items())),
         "cached": sorted(str(path) for path in Path(environment["TUNEBOOK_CACHE"]).rglob("*") if path.is_file()),
     }
-
-
-def run_script(tree: Path, command: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
-    """The child: becomes the script, and never returns."""
-    code = 1
-    try:
-        for path, number in ((out, 1), (err, 2)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        os.chdir(tree)
-        os.environ.update(environment)
-        sys.argv = [str(ROOT / "scripts" / f"{command[0]}.py"), *command[1:]]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        code = 0
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
-    except BaseException:  # noqa: BLE001 - as the interpreter does at its end, which a fork of another program does not reach
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def run_cases(cases: list[dict[str, Any]], good: Path, environment: dict[str, str]) -> dict[str, Any]:

@@ -93,6 +93,19 @@ def test_free_memory_is_not_more_than_all_memory() -> None:
     assert 0 < available <= total
 
 
+@linux_only
+def test_the_peak_of_a_process_is_not_that_of_the_program_which_started_it() -> None:
+    # A run that was started from a large process, such as pytest or a notebook, recorded that one's memory as its own.
+    ballast = b"x" * 300_000_000
+    code = (
+        "from utils.machine import measure_peak_resident as peak; print(peak()); x = b'x' * 50_000_000; print(peak())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert 5_000_000 < before < len(ballast) / 2
+    assert after - before == pytest.approx(50_000_000, rel=0.2)
+
+
 def write_group(folder: Path, **values: object) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in values.items():

@@ -12,14 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.tiny_models import save_llama, shorten_tokenizer
 from config.recipe_io import load_recipe
 from config.structured_config import ModelSection
+from tests.conftest import TINY_VOCABULARY
 from utils.backends import torch_backend
 from utils.batching import pad_rows
 from utils.exceptions import AdapterError
 from utils.merge_sources import Trained
 from utils.merging import Merge, measure_drift, merge_run
-from utils.model_source import find_model
+from utils.model_source import ModelSource, find_model
 from utils.run_folder import RunFolder
 from utils.tokenizer_files import load_tokenizer
 from utils.tokenizer_utils import EncodedExample, TokenizerUtils
@@ -40,11 +42,13 @@ def test_drift_is_zero_for_equal_logits_and_the_kl_divergence_otherwise() -> Non
 
 
 def test_a_merge_that_loses_the_adapter_to_rounding_is_refused_and_leaves_nothing(
-    tiny_llama: Path, tmp_path: Path
+    embedded: ModelSource, tmp_path: Path
 ) -> None:
-    # Stored in bfloat16, weights keep three digits: for a model with logits in the hundreds that is far from equal.
+    # Stored in bfloat16, weights keep three digits: for a model with logits in the hundreds that is far from equal. It takes
+    # many tokens for two of them to be about equally likely.
     base = tmp_path / "base"
-    shutil.copytree(tiny_llama, base)
+    save_llama(base, 49_152, 64)
+    shorten_tokenizer(embedded.folder, base, 49_152)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}), encoding="utf-8")
     weights = load_file(base / "model.safetensors")
@@ -81,7 +85,7 @@ def finish_run(base: Path, folder: Path, body: dict[str, Any]) -> Trained:
     torch.manual_seed(0)
     model = torch_backend.attach_lora(torch_backend.load_model(source, loaded.recipe), loaded.recipe)
     random = np.random.default_rng(0)
-    batch = pad_rows([EncodedExample(random.integers(5, 40_000, 20), np.arange(20) > 2, "rows:1")], 2)
+    batch = pad_rows([EncodedExample(random.integers(5, TINY_VOCABULARY, 20), np.arange(20) > 2, "rows:1")], 2)
     step = torch_backend.make_step(model, loaded.recipe)
     for _ in range(4):
         step.step([batch], 2e-2)

@@ -152,7 +152,7 @@ def test_words_around_messages_are_warned_about_where_every_row_is_raw_text(tiny
 
 def test_a_pair_is_as_long_as_its_longer_conversation(tiny_llama: Path, tmp_path: Path) -> None:
     # Both answers behind one prompt were counted as one long row: limits and answer lengths came out twice as large.
-    pairs = [{"prompt": f"Say {n}.", "chosen": "yes " * 40, "rejected": "no " * 60} for n in range(12)]
+    pairs = [{"prompt": f"Say {n}.", "chosen": "on " * 40, "rejected": "no " * 60} for n in range(12)]
     generation = {"max_new_tokens": 2048 - 64}
     preflight = check(tmp_path, tiny_llama, pairs, training={"method": "dpo"}, generation=generation)
     example = preflight.data.train[0]
