@@ -203,7 +203,9 @@ def test_rotations_are_read_where_transformers_keeps_them_now(tmp_path: Path) ->
     whole, nested = save_tiny(tmp_path / "phi3", MODELS["phi3 with longrope"]), tmp_path / "nested"
     shutil.copytree(whole, nested)
     config = json.loads((whole / "config.json").read_text())
-    assert config["rope_parameters"]["original_max_position_embeddings"] == config.pop("original_max_position_embeddings")
+    assert config["rope_parameters"]["original_max_position_embeddings"] == config.pop(
+        "original_max_position_embeddings"
+    )
     (nested / "config.json").write_text(json.dumps(config))
     assert_same_logits(nested, whole)
 
