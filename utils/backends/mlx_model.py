@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from mlx_lm.models import gemma, gemma2, gemma3_text
 from config.structured_config import Recipe
 from utils.exceptions import ModelLoadingError
 from utils.logging import get_logger
-from utils.machine import TOKEN_BUDGETS, guess_device, measure_memory
+from utils.machine import TOKEN_BUDGETS, guess_device, measure_memory, measure_peak_resident
 from utils.mlx_names import to_mlx_module
 from utils.mlx_support import find_config_trouble, is_stored_quantised, translate_config
 from utils.model_shape import refuse_oversized
@@ -279,5 +277,4 @@ def measure_peak_memory(model: MlxModel) -> int:
     """Peak bytes so far: what MLX allocated on Apple's GPU, resident memory of the process elsewhere."""
     if model.device == "metal":
         return int(mx.get_peak_memory())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
+    return measure_peak_resident()
