@@ -35,7 +35,8 @@ TRAINING_LOGITS = 12
 EVALUATION_LOGITS = 8  # logits and log-probabilities in float32
 # Logits that are alive at once where the head is frozen and rows are not padded: `CHUNK` of backends/torch_head.py.
 LOGITS_CHUNK = 8_388_608
-QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.516, "fp4": 0.516}  # 4 bits, and an 8-bit scale for each 64 weights
+# Of bitsandbytes' 4 bits with an 8-bit scale for each 64 weights; of MLX's with a scale and an offset of up to 4 bytes each.
+QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.516, "fp4": 0.516, "int4": 0.625}
 
 
 @dataclass(frozen=True)

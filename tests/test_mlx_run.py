@@ -1,0 +1,200 @@
+"""Whole runs on MLX through the real scripts: killed and resumed, evaluated, merged, quantised, and read by torch and mlx-lm."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from config.structured_config import Recipe
+from tests.backends.mlx_sides import mx
+from tests.test_resume import ROOT, SAME, Done, Runs, at_call, find_differences, on_disk
+from utils.backends import choose_backend
+
+import mlx_lm  # isort: skip - behind what must be so before MLX is imported
+
+pytestmark = pytest.mark.slow
+MLX: dict[str, Any] = {"backend": "mlx", "generation": {"max_new_tokens": 4}}
+SHORT: dict[str, Any] = {"training.max_steps": 3, "training.eval_every": 3, "training.save_every": 3}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """The server, which has imported MLX and torch."""
+    started = Runs(tmp_path_factory.mktemp("runs"), "mlx")
+    yield started
+    assert started.server.stdin is not None
+    started.server.stdin.close()
+    assert started.server.wait(timeout=60) == 0
+
+
+def train(runs: Runs, name: str, changes: dict[str, Any], *arguments: object) -> Path:
+    """A finished run of a recipe with changes."""
+    recipe = runs.write(name, changes)
+    run = recipe.parent / "run"
+    done = runs.train("--recipe", recipe, "--run", run, *arguments)
+    assert done.code == 0, done.text
+    return run
+
+
+def follow(runs: Runs, script: str, *arguments: object, code: int = 0) -> Done:
+    """Another script than train."""
+    done = runs.train(*arguments, script=script)
+    assert done.code == code, done.text
+    return done
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a run."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "adapters with dropout and noise, stopping early": {
+        **{"lora.dropout": 0.2, "training.neftune_alpha": 5.0, "training.gradient_checkpointing": True},
+        **{"training.early_stopping_patience": 2, "training.early_stopping_threshold": 9.0},
+    },
+    "all weights, packed rows, adafactor": {
+        **{"lora": None, "training.optimizer": "adafactor", "training.packing": True},
+        "training.micro_batch_size": "auto",
+    },
+    "preference pairs under dora": {"data.train": "pairs", "training.method": "dpo", "lora.variant": "dora"},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_killed_run_ends_with_the_bytes_of_one_that_never_stopped(runs: Runs, name: str) -> None:
+    recipe = runs.write(name, {**MLX, **CASES[name]})
+    whole, killed = recipe.parent / "whole", recipe.parent / "killed"
+    assert runs.train("--recipe", recipe, "--run", whole).code == 0
+    # In the accumulation of a step; then in a save behind an evaluation.
+    assert runs.train("--recipe", recipe, "--run", killed, moment=at_call("_accumulate", 3)).code == -9
+    assert runs.train("--resume", killed, moment=on_disk(30, killed)).code == -9
+    done = runs.train("--resume", killed)
+    assert done.code == 0, done.text
+    assert find_differences(whole, killed) == SAME
+    facts = read_json(killed / "run.json")
+    assert (facts["resumes"], facts["backend"]) == (2, "mlx")
+    if "stopping early" in name:
+        assert facts["stop_reason"]
+        assert facts["steps"] == 6
+        best = killed / "checkpoints" / f"step-{facts['best_step']}" / "adapter_model.safetensors"
+        assert best.read_bytes() == (killed / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def both(runs: Runs) -> tuple[Path, Path]:
+    """The same recipe on MLX and on torch: fewer rows than a batch, so that each step sees all of them."""
+    sections = {"training.batch_size": 32, "training.max_steps": 4, "evaluation": {"metrics": ["loss", "exact_match"]}}
+    return (
+        train(runs, "mlx", {**MLX, **sections}),
+        train(runs, "torch", {**MLX, **sections, "backend": "torch"}),
+    )
+
+
+def test_a_run_on_mlx_says_so_and_is_evaluated_asked_and_compared(runs: Runs, both: tuple[Path, Path]) -> None:
+    run, other = both
+    facts = read_json(run / "run.json")
+    assert (facts["status"], facts["backend"], facts["device"], facts["dtype"]) == ("finished", "mlx", "cpu", "float32")
+    assert {"mlx", "mlx-lm"} <= facts["versions"].keys()
+    assert facts["peak_memory_bytes"] > 0
+    assert facts["tokens"] == read_json(other / "run.json")["tokens"]
+    evaluated = follow(runs, "evaluate_run", "--run", run)
+    assert "Report: " in evaluated.text
+    report = read_json(run / "report.json")
+    assert report["metrics"]["loss"]["tuned"] == pytest.approx(facts["eval_loss"], rel=1e-4)
+    compared = follow(runs, "diff_runs", run, other)
+    assert "backend" in compared.text
+
+
+def test_adapters_of_either_back_end_answer_on_the_other(runs: Runs, both: tuple[Path, Path]) -> None:
+    for run, there in zip(both, ("torch", "mlx"), strict=True):
+        answers = [
+            follow(runs, "infer", "--run", run, "--prompt", "Say 3", *options).text.splitlines()[-1]
+            for options in ((), ("--set", f"backend={there}"))
+        ]
+        assert answers[0] == answers[1]
+
+
+def compute_torch_logits(folder: Path, ids: list[int]) -> np.ndarray:
+    """What transformers predicts from a folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found: np.ndarray = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    return found
+
+
+def assert_read_alike(folder: Path) -> None:
+    """transformers and mlx-lm predict the same from a folder."""
+    ids = [6, 30, 40, 50, 8, 60]
+    model = mlx_lm.load(str(folder))[0]
+    model.set_dtype(mx.float32)
+    got = np.array(model(mx.array([ids]))[0])
+    np.testing.assert_allclose(got, compute_torch_logits(folder, ids), atol=1e-4)
+
+
+def test_a_merged_run_is_read_alike_by_transformers_and_by_mlx_lm(
+    runs: Runs, both: tuple[Path, Path], tmp_path: Path
+) -> None:
+    done = follow(runs, "merge", "--run", both[0], "--out", tmp_path / "merged", "--compare")
+    assert "compared: largest logit difference 0.0000" in done.text
+    assert_read_alike(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_run_on_a_quantised_base_is_evaluated_and_merged_either_way(runs: Runs, bits: str, tmp_path: Path) -> None:
+    run = train(runs, bits, {**MLX, **SHORT, "model.quantization": bits})
+    assert read_json(run / "run.json")["quantization"] == bits
+    if bits == "int4":
+        follow(runs, "evaluate_run", "--run", run)
+        tuned = read_json(run / "report.json")["metrics"]["loss"]["tuned"]
+        assert tuned == pytest.approx(read_json(run / "run.json")["eval_loss"], rel=1e-4)
+        full = follow(runs, "merge", "--run", run, "--out", tmp_path / "full")
+        assert "into the full-precision base" in full.text
+    done = follow(runs, "merge", "--run", run, "--out", tmp_path / "plain", "--base", "dequantized")
+    assert f"into what {bits} made of the base" in done.text
+    assert "compared: largest logit difference 0.0000" in done.text
+    assert "100.0 %" in done.text
+    assert_read_alike(tmp_path / "plain")
+
+
+def test_a_model_that_mlx_lm_has_quantised_is_trained_asked_and_merged(runs: Runs, tmp_path: Path) -> None:
+    packed = runs.folder / "packed"
+    mlx_lm.convert(str(runs.model), mlx_path=str(packed), quantize=True, q_bits=8, q_group_size=32, dtype="float32")
+    changes = {**MLX, **SHORT, "model.name": str(packed), "training.neftune_alpha": 5.0}
+    run = train(runs, "packed_run", changes)
+    assert read_json(run / "run.json")["quantization"] == "int8"
+    follow(runs, "evaluate_run", "--run", run)
+    tuned = read_json(run / "report.json")["metrics"]["loss"]["tuned"]
+    assert tuned == pytest.approx(read_json(run / "run.json")["eval_loss"], rel=1e-4)
+    done = follow(runs, "merge", "--run", run, "--out", tmp_path / "plain")
+    assert "compared: largest logit difference 0.0000" in done.text
+    assert_read_alike(tmp_path / "plain")
+    refused = runs.train("--recipe", run.parent / "tiny.yaml", "--set", "backend=torch")
+    assert refused.code == 4, refused.text
+    assert "quantised in MLX's format, which torch does not read" in refused.text
+
+
+def test_without_mlx_its_recipes_say_how_to_install_it_and_auto_takes_torch(runs: Runs) -> None:
+    recipe = runs.write("absent", MLX)
+    code = (
+        "import runpy, sys\nsys.modules['mlx_lm'] = None  # what Python itself writes for a module that is not there\n"
+        f"sys.argv = ['validate.py', '--recipe', {str(recipe)!r}]\n"
+        f"runpy.run_path({str(ROOT / 'scripts' / 'validate.py')!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4, done.stderr
+    assert f"{recipe}:1: backend mlx needs the packages mlx and mlx-lm, which are not installed" in done.stderr
+    assert "pip install mlx-lm==" in done.stderr
+    assert "set backend: torch" in done.stderr
+    values = {"model": {"name": "x"}, "data": {"train": "x"}, "lora": {}, "training": {"method": "sft"}}
+    assert choose_backend(Recipe(**values)) == "torch"  # on Linux, installed or not
