@@ -65,9 +65,12 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "all weights, packed rows, adafactor": {
         **{"lora": None, "training.optimizer": "adafactor", "training.packing": True},
-        "training.micro_batch_size": "auto",
+        **{"training.micro_batch_size": "auto", "training.max_steps": 4},
     },
-    "preference pairs under dora": {"data.train": "pairs", "training.method": "dpo", "lora.variant": "dora"},
+    "preference pairs under dora": {
+        **{"data.train": "pairs", "training.method": "dpo", "lora.variant": "dora", "training.max_steps": 4},
+        "training.eval_every": 4,
+    },
 }
 
 
@@ -76,15 +79,17 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_never_stopped(runs: Runs, 
     recipe = runs.write(name, {**MLX, **CASES[name]})
     whole, killed = recipe.parent / "whole", recipe.parent / "killed"
     assert runs.train("--recipe", recipe, "--run", whole).code == 0
-    # In the accumulation of a step; then in a save behind an evaluation.
+    # In the accumulation of a step; of one run also in a save behind an evaluation.
     assert runs.train("--recipe", recipe, "--run", killed, moment=at_call("_accumulate", 3)).code == -9
-    assert runs.train("--resume", killed, moment=on_disk(30, killed)).code == -9
+    is_twice = "stopping early" in name
+    if is_twice:
+        assert runs.train("--resume", killed, moment=on_disk(30, killed)).code == -9
     done = runs.train("--resume", killed)
     assert done.code == 0, done.text
     assert find_differences(whole, killed) == SAME
     facts = read_json(killed / "run.json")
-    assert (facts["resumes"], facts["backend"]) == (2, "mlx")
-    if "stopping early" in name:
+    assert (facts["resumes"], facts["backend"]) == (1 + is_twice, "mlx")
+    if is_twice:
         assert facts["stop_reason"]
         assert facts["steps"] == 6
         best = killed / "checkpoints" / f"step-{facts['best_step']}" / "adapter_model.safetensors"
@@ -173,9 +178,6 @@ def test_a_model_that_mlx_lm_has_quantised_is_trained_asked_and_merged(runs: Run
     changes = {**MLX, **SHORT, "model.name": str(packed), "training.neftune_alpha": 5.0}
     run = train(runs, "packed_run", changes)
     assert read_json(run / "run.json")["quantization"] == "int8"
-    follow(runs, "evaluate_run", "--run", run)
-    tuned = read_json(run / "report.json")["metrics"]["loss"]["tuned"]
-    assert tuned == pytest.approx(read_json(run / "run.json")["eval_loss"], rel=1e-4)
     done = follow(runs, "merge", "--run", run, "--out", tmp_path / "plain")
     assert "compared: largest logit difference 0.0000" in done.text
     assert_read_alike(tmp_path / "plain")

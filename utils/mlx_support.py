@@ -155,7 +155,8 @@ def read_rotation(config: Mapping[str, Any]) -> tuple[float | None, dict[str, An
         nested = nested["full_attention"]
     if isinstance(nested, dict):
         return nested.get("rope_theta", config.get("rope_theta")), nested
-    return config.get("rope_theta"), config.get("rope_scaling") or {}
+    older = config.get("rope_scaling")
+    return config.get("rope_theta"), older if isinstance(older, dict) else {}
 
 
 def is_stored_quantised(config: Mapping[str, Any]) -> bool:
@@ -176,8 +177,6 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind in LONG_ROTATIONS:
         # mlx-lm takes the long factors for every row. Rows here stay within the original context (`find_row_limit`).
         found["rope_scaling"] |= {"type": "longrope", "long_factor": rotation.get("short_factor")}
-        if "original_max_position_embeddings" in rotation:  # of which the scale follows; mlx-lm's own is 4,096
-            found["original_max_position_embeddings"] = rotation["original_max_position_embeddings"]
     if config.get("model_type") == "gpt2":
         found["n_ctx"] = config.get("n_positions")
     if config.get("model_type") == "gemma3_text":

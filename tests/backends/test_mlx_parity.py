@@ -55,7 +55,11 @@ MODELS: dict[str, PretrainedConfig] = {
     **{name: config for name, config in CONFIGS.items() if name in MLX_MODEL_TYPES},
     "mistral": MistralConfig(**SHAPE, sliding_window=64),
     "gemma2": Gemma2Config(**GEMMA, sliding_window=64, attn_logit_softcapping=1.0, final_logit_softcapping=30.0),
-    "gemma3_text": Gemma3TextConfig(**{**GEMMA, "num_hidden_layers": 6}, sliding_window=8),
+    "gemma3_text": Gemma3TextConfig(
+        **{**GEMMA, "num_hidden_layers": 3},
+        sliding_window=8,
+        layer_types=[*["sliding_attention"] * 2, "full_attention"],
+    ),
     "llama with llama3 rotations": LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
     "llama with linear rotations": LlamaConfig(
         **SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
@@ -112,7 +116,7 @@ def test_losses_of_twenty_steps_are_those_of_torch(sides: Sides) -> None:
     assert compare_steps(sides, [make_batch()], steps=20) > 0.1
 
 
-def compare_steps(sides: Sides, batches: list[Batch], steps: int = 5, tolerance: float = 1e-4) -> float:
+def compare_steps(sides: Sides, batches: list[Batch], steps: int = 3, tolerance: float = 1e-4) -> float:
     """Takes the same steps on both sides, asserts the same losses and norms, and gives back how far the loss fell.
 
     Torch gets every fourth step row by row; all of them would take too long.
@@ -161,7 +165,7 @@ def test_every_way_of_training_gives_the_gradients_and_losses_of_torch(
     ours, theirs = sides.make_steps()
     batch = make_batch()
     assert_same_gradients(collect_torch_gradients(ours, [batch]), collect_mlx_gradients(theirs, [batch]))
-    assert compare_steps(sides, [batch]) > 0.02
+    assert compare_steps(sides, [batch]) > 0.005
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
@@ -174,7 +178,7 @@ def test_packed_rows_give_the_losses_of_torch(folders: dict[str, Path], model: s
     packed, padded = [pack_row(examples[:2]), pack_row(examples[2:])], pad_rows(examples, 0)
     ours, theirs = sides.make_steps()
     assert_same_gradients(collect_torch_gradients(ours, [padded]), collect_mlx_gradients(theirs, packed))
-    assert compare_steps(sides, packed) > 0.02
+    assert compare_steps(sides, packed) > 0.005
     rows = mlx_backend.evaluate(sides.mlx, packed)
     assert [count for _, count in rows] == [batch.supervised_tokens for batch in packed]
     np.testing.assert_allclose(rows, torch_backend.evaluate(sides.torch, packed), rtol=1e-4)
@@ -203,13 +207,13 @@ def test_preference_pairs_give_the_losses_of_torch(folders: dict[str, Path], mod
     if DPO[name]["reference"] == "precomputed":
         # As of another model: where policy and reference are equal, rounding decides which answer wins.
         batch = replace(batch, reference=scored[0] + np.array([[0.3, -0.2], [-1.0, 0.5], [0.1, 0.4]]))
-    assert compare_steps(sides, [batch]) > 0.005
+    assert compare_steps(sides, [batch]) > 0.001
 
 
 def test_a_base_in_bfloat16_trains_adapters_in_float32_along_the_losses_of_torch(folders: dict[str, Path]) -> None:
     folder = folders["llama"]
     sides = open_sides(folder, make_recipe(folder, model={"dtype": "bfloat16"}))
-    assert compare_steps(sides, [make_batch()], tolerance=0.02) > 0.02
+    assert compare_steps(sides, [make_batch()], tolerance=0.02) > 0.005
     trained = dict(tree_flatten(sides.mlx.network.trainable_parameters()))
     assert {value.dtype for value in trained.values()} == {mx.float32}
     assert sides.mlx.network.model.norm.weight.dtype == mx.bfloat16

@@ -9,29 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from huggingface_hub.errors import StrictDataclassError
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_utils
 from mlx_lm.models import gemma, gemma2, gemma3_text
+from transformers import AutoConfig
 
 from config.structured_config import Recipe
 from utils.exceptions import ModelLoadingError
 from utils.logging import get_logger
 from utils.machine import TOKEN_BUDGETS, guess_device, measure_memory, measure_peak_resident
-from utils.mlx_names import to_mlx_module
+from utils.mlx_names import MLX_MODEL_TYPES, to_mlx_module
 from utils.mlx_support import find_config_trouble, is_stored_quantised, translate_config
 from utils.model_shape import refuse_oversized
 from utils.model_source import ModelSource
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 BITS = {"int8": 8, "int4": 4}
-GROUP_SIZES = (
-    64,
-    32,
-)  # weights that share a scale and an offset: MLX's own default, and half of it for narrow matrices
+# Weights that share a scale and an offset: MLX's own default, and half of it for narrow matrices.
+GROUP_SIZES = (64, 32)
 # Freed buffers that MLX keeps for later ones, as a share of the memory: left alone, it keeps as much as the whole of it.
 CACHE_SHARE = 0.1
-LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, ArithmeticError, TypeError, AttributeError)
+LOADING_ERRORS = (
+    OSError, ValueError, LookupError, RuntimeError, ArithmeticError, TypeError, AttributeError, StrictDataclassError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,13 +146,17 @@ def read_network(source: ModelSource) -> nn.Module:
         ModelLoadingError: the files do not make a model.
     """
     refuse_oversized(source)
-    if trouble := find_config_trouble(source.config):
-        message = f"backend mlx cannot run this model: {trouble}"
-        raise ModelLoadingError(message, where=str(source.folder), fix="set backend: torch", code="mlx-model")
-    config = translate_config(source.config)
     try:
+        config = complete_config(source.config)
+        if trouble := find_config_trouble(config):
+            message = f"backend mlx cannot run this model: {trouble}"
+            raise ModelLoadingError(message, where=str(source.folder), fix="set backend: torch", code="mlx-model")
         network, _ = mlx_utils.load_model(
-            source.folder, lazy=True, model_config=config, get_model_classes=find_classes, trust_remote_code=False
+            source.folder,
+            lazy=True,
+            model_config=translate_config(config),
+            get_model_classes=find_classes,
+            trust_remote_code=False,
         )
     except LOADING_ERRORS as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -159,6 +165,18 @@ def read_network(source: ModelSource) -> nn.Module:
         raise ModelLoadingError(message, where=str(source.folder), fix=fix) from error
     correct_architecture(network, source.model_type)
     return network
+
+
+def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with transformers' defaults for what it leaves out: mlx-lm's are others, or it has none.
+
+    Raises:
+        StrictDataclassError, TypeError, ValueError, AttributeError: a value of another kind.
+    """
+    if config.get("model_type") not in MLX_MODEL_TYPES:
+        return dict(config)
+    own = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
+    return {**config, **AutoConfig.for_model(config["model_type"], **own).to_dict()}
 
 
 def correct_architecture(network: nn.Module, model_type: str) -> None:
