@@ -39,7 +39,8 @@ MODELS = ("llama.modeling_llama", "gpt2.modeling_gpt2", "auto.modeling_auto", "a
 def import_everything() -> None:
     """Imports what the scripts need, and computes nothing: threads do not survive a fork."""
     sys.path[0] = str(ROOT)
-    importlib.import_module("utils.backends").load_backend("torch")
+    for name in ("torch", "mlx"):
+        importlib.import_module("utils.backends").load_backend(name)
     for name in (
         *(f"transformers.models.{name}" for name in MODELS),
         *OTHERS,

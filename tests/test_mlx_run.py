@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.tiny_models import SPECIAL, save_llama
 from config.structured_config import Recipe
 from tests.backends.mlx_sides import mx
-from tests.test_resume import ROOT, SAME, Done, Runs, at_call, find_differences, on_disk
+from tests.conftest import ROOT, ScriptServer
+from tests.test_resume import SAME, Runs, at_call, find_differences, on_disk
 from utils.backends import choose_backend
 
 import mlx_lm  # isort: skip - behind what must be so before MLX is imported
@@ -26,30 +27,34 @@ MLX: dict[str, Any] = {"backend": "mlx", "generation": {"max_new_tokens": 4}}
 SHORT: dict[str, Any] = {"training.max_steps": 3, "training.eval_every": 3, "training.save_every": 3}
 
 
+class MlxRuns(Runs):
+    """The folder of all runs, with a model that is wide enough for MLX's quantisation."""
+
+    def __init__(self, folder: Path, server: ScriptServer) -> None:
+        super().__init__(folder, server)
+        save_llama(self.model, len(SPECIAL) + 95, 64, max_position_embeddings=128, tie_word_embeddings=False)
+
+    def follow(self, script: str, *arguments: object, code: int = 0) -> str:
+        """Runs another script, and gives back what it said."""
+        done = self.server.run(script, *arguments, cwd=self.folder)
+        text = done.stdout + done.stderr
+        assert done.returncode == code, text
+        return text
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """The server, which has imported MLX and torch."""
-    started = Runs(tmp_path_factory.mktemp("runs"), "mlx")
-    yield started
-    assert started.server.stdin is not None
-    started.server.stdin.close()
-    assert started.server.wait(timeout=60) == 0
+def runs(tmp_path_factory: pytest.TempPathFactory, script_server: ScriptServer) -> MlxRuns:
+    """The folder of all runs."""
+    return MlxRuns(tmp_path_factory.mktemp("runs"), script_server)
 
 
-def train(runs: Runs, name: str, changes: dict[str, Any], *arguments: object) -> Path:
+def train(runs: MlxRuns, name: str, changes: dict[str, Any], *arguments: object) -> Path:
     """A finished run of a recipe with changes."""
     recipe = runs.write(name, changes)
     run = recipe.parent / "run"
     done = runs.train("--recipe", recipe, "--run", run, *arguments)
     assert done.code == 0, done.text
     return run
-
-
-def follow(runs: Runs, script: str, *arguments: object, code: int = 0) -> Done:
-    """Another script than train."""
-    done = runs.train(*arguments, script=script)
-    assert done.code == code, done.text
-    return done
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,22 +65,31 @@ def read_json(path: Path) -> dict[str, Any]:
 
 CASES: dict[str, dict[str, Any]] = {
     "adapters with dropout and noise, stopping early": {
-        **{"lora.dropout": 0.2, "training.neftune_alpha": 5.0, "training.gradient_checkpointing": True},
-        **{"training.early_stopping_patience": 2, "training.early_stopping_threshold": 9.0},
+        "lora.dropout": 0.2,
+        "training.neftune_alpha": 5.0,
+        "training.gradient_checkpointing": True,
+        "training.early_stopping_patience": 2,
+        "training.early_stopping_threshold": 9.0,
     },
     "all weights, packed rows, adafactor": {
-        **{"lora": None, "training.optimizer": "adafactor", "training.packing": True},
-        **{"training.micro_batch_size": "auto", "training.max_steps": 4},
+        "lora": None,
+        "training.optimizer": "adafactor",
+        "training.packing": True,
+        "training.micro_batch_size": "auto",
+        "training.max_steps": 4,
     },
     "preference pairs under dora": {
-        **{"data.train": "pairs", "training.method": "dpo", "lora.variant": "dora", "training.max_steps": 4},
+        "data.train": "pairs",
+        "training.method": "dpo",
+        "lora.variant": "dora",
+        "training.max_steps": 4,
         "training.eval_every": 4,
     },
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_killed_run_ends_with_the_bytes_of_one_that_never_stopped(runs: Runs, name: str) -> None:
+def test_a_killed_run_ends_with_the_bytes_of_one_that_never_stopped(runs: MlxRuns, name: str) -> None:
     recipe = runs.write(name, {**MLX, **CASES[name]})
     whole, killed = recipe.parent / "whole", recipe.parent / "killed"
     assert runs.train("--recipe", recipe, "--run", whole).code == 0
@@ -97,7 +111,7 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_never_stopped(runs: Runs, 
 
 
 @pytest.fixture(scope="module")
-def both(runs: Runs) -> tuple[Path, Path]:
+def both(runs: MlxRuns) -> tuple[Path, Path]:
     """The same recipe on MLX and on torch: fewer rows than a batch, so that each step sees all of them."""
     sections = {"training.batch_size": 32, "training.max_steps": 4, "evaluation": {"metrics": ["loss", "exact_match"]}}
     return (
@@ -106,28 +120,29 @@ def both(runs: Runs) -> tuple[Path, Path]:
     )
 
 
-def test_a_run_on_mlx_says_so_and_is_evaluated_asked_and_compared(runs: Runs, both: tuple[Path, Path]) -> None:
+def test_a_run_on_mlx_says_so_and_is_evaluated_asked_and_compared(runs: MlxRuns, both: tuple[Path, Path]) -> None:
     run, other = both
     facts = read_json(run / "run.json")
     assert (facts["status"], facts["backend"], facts["device"], facts["dtype"]) == ("finished", "mlx", "cpu", "float32")
     assert {"mlx", "mlx-lm"} <= facts["versions"].keys()
     assert facts["peak_memory_bytes"] > 0
     assert facts["tokens"] == read_json(other / "run.json")["tokens"]
-    evaluated = follow(runs, "evaluate_run", "--run", run)
-    assert "Report: " in evaluated.text
+    evaluated = runs.follow("evaluate_run", "--run", run)
+    assert "Report: " in evaluated
     report = read_json(run / "report.json")
     assert report["metrics"]["loss"]["tuned"] == pytest.approx(facts["eval_loss"], rel=1e-4)
-    compared = follow(runs, "diff_runs", run, other)
-    assert "backend" in compared.text
+    compared = runs.follow("diff_runs", run, other)
+    assert "backend" in compared
 
 
-def test_adapters_of_either_back_end_answer_on_the_other(runs: Runs, both: tuple[Path, Path]) -> None:
+def test_adapters_of_either_back_end_answer_on_the_other(runs: MlxRuns, both: tuple[Path, Path]) -> None:
     for run, there in zip(both, ("torch", "mlx"), strict=True):
         answers = [
-            follow(runs, "infer", "--run", run, "--prompt", "Say 3", *options).text.splitlines()[-1]
+            runs.follow("infer", "--run", run, "--prompt", "Say 3", *options).splitlines()
             for options in ((), ("--set", f"backend={there}"))
         ]
-        assert answers[0] == answers[1]
+        assert answers[0][0] == answers[1][0] != ""
+        assert ["MLX" in "".join(lines[1:]) for lines in answers] == [there == "torch", there == "mlx"]
 
 
 def compute_torch_logits(folder: Path, ids: list[int]) -> np.ndarray:
@@ -148,45 +163,45 @@ def assert_read_alike(folder: Path) -> None:
 
 
 def test_a_merged_run_is_read_alike_by_transformers_and_by_mlx_lm(
-    runs: Runs, both: tuple[Path, Path], tmp_path: Path
+    runs: MlxRuns, both: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    done = follow(runs, "merge", "--run", both[0], "--out", tmp_path / "merged", "--compare")
-    assert "compared: largest logit difference 0.0000" in done.text
+    said = runs.follow("merge", "--run", both[0], "--out", tmp_path / "merged", "--compare")
+    assert "compared: largest logit difference 0.0000" in said
     assert_read_alike(tmp_path / "merged")
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
-def test_a_run_on_a_quantised_base_is_evaluated_and_merged_either_way(runs: Runs, bits: str, tmp_path: Path) -> None:
+def test_a_run_on_a_quantised_base_is_evaluated_and_merged_either_way(runs: MlxRuns, bits: str, tmp_path: Path) -> None:
     run = train(runs, bits, {**MLX, **SHORT, "model.quantization": bits})
     assert read_json(run / "run.json")["quantization"] == bits
     if bits == "int4":
-        follow(runs, "evaluate_run", "--run", run)
+        runs.follow("evaluate_run", "--run", run)
         tuned = read_json(run / "report.json")["metrics"]["loss"]["tuned"]
         assert tuned == pytest.approx(read_json(run / "run.json")["eval_loss"], rel=1e-4)
-        full = follow(runs, "merge", "--run", run, "--out", tmp_path / "full")
-        assert "into the full-precision base" in full.text
-    done = follow(runs, "merge", "--run", run, "--out", tmp_path / "plain", "--base", "dequantized")
-    assert f"into what {bits} made of the base" in done.text
-    assert "compared: largest logit difference 0.0000" in done.text
-    assert "100.0 %" in done.text
+        full = runs.follow("merge", "--run", run, "--out", tmp_path / "full")
+        assert "into the full-precision base" in full
+    said = runs.follow("merge", "--run", run, "--out", tmp_path / "plain", "--base", "dequantized")
+    assert f"into what {bits} made of the base" in said
+    assert "compared: largest logit difference 0.0000" in said
+    assert "100.0 %" in said
     assert_read_alike(tmp_path / "plain")
 
 
-def test_a_model_that_mlx_lm_has_quantised_is_trained_asked_and_merged(runs: Runs, tmp_path: Path) -> None:
+def test_a_model_that_mlx_lm_has_quantised_is_trained_asked_and_merged(runs: MlxRuns, tmp_path: Path) -> None:
     packed = runs.folder / "packed"
     mlx_lm.convert(str(runs.model), mlx_path=str(packed), quantize=True, q_bits=8, q_group_size=32, dtype="float32")
     changes = {**MLX, **SHORT, "model.name": str(packed), "training.neftune_alpha": 5.0}
     run = train(runs, "packed_run", changes)
     assert read_json(run / "run.json")["quantization"] == "int8"
-    done = follow(runs, "merge", "--run", run, "--out", tmp_path / "plain")
-    assert "compared: largest logit difference 0.0000" in done.text
+    said = runs.follow("merge", "--run", run, "--out", tmp_path / "plain")
+    assert "compared: largest logit difference 0.0000" in said
     assert_read_alike(tmp_path / "plain")
     refused = runs.train("--recipe", run.parent / "tiny.yaml", "--set", "backend=torch")
     assert refused.code == 4, refused.text
     assert "quantised in MLX's format, which torch does not read" in refused.text
 
 
-def test_without_mlx_its_recipes_say_how_to_install_it_and_auto_takes_torch(runs: Runs) -> None:
+def test_without_mlx_its_recipes_say_how_to_install_it_and_auto_takes_torch(runs: MlxRuns) -> None:
     recipe = runs.write("absent", MLX)
     code = (
         "import runpy, sys\nsys.modules['mlx_lm'] = None  # what Python itself writes for a module that is not there\n"
