@@ -29,8 +29,8 @@ GROUP_SIZES = (
     64,
     32,
 )  # weights that share a scale and an offset: MLX's own default, and half of it for narrow matrices
-# Freed buffers that MLX keeps for later ones, as a share of the memory: left alone, it keeps as much as the whole of it. They fit
-# rows of about their own length only. On a CPU keeping them saved no time and filled its share within five steps.
+# Freed buffers that MLX keeps for later ones, as a share of the memory: left alone, it keeps as much as the whole of it.
+# They fit rows of about their own length only. On a CPU keeping them saved no time and filled that share within five steps.
 CACHE_SHARES = {"metal": 0.1, "cpu": 0.0}
 LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, ArithmeticError, TypeError, AttributeError)
 
