@@ -82,6 +82,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "tie_word_embeddings": False,
     },
+    # Without Apple's GPU MLX is slow, so these are small.
+    "qwen_chat_mlx": {
+        "model_type": "qwen2",
+        "vocab_size": EMBEDDED_VOCABULARY,
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "llama_dpo_mlx": {
+        "model_type": "llama",
+        "vocab_size": EMBEDDED_VOCABULARY,
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
 }
 LAYERS_KEY = {"gpt2": "n_layer"}
 STORED = {"gpt2_text": "float32"}  # the format of the files on the hub; the others are bfloat16
@@ -109,6 +130,9 @@ CASES = (
     Case("qwen_chat", "qwen_chat"),
     Case("llama_chat", "llama_chat"),
     Case("phi_chat", "phi_chat"),
+    Case("smollm2_sql_mlx", "smollm2_sql_mlx", ("evaluation.max_examples=16", "evaluation.metrics=[loss]")),
+    Case("qwen_chat_mlx, 8 narrow layers", "qwen_chat_mlx"),
+    Case("llama_dpo_mlx, 6 narrow layers", "llama_dpo_mlx", ("training.batch_size=8",)),
 )
 
 
@@ -240,15 +264,17 @@ def read_rows(page: Path) -> dict[str, str]:
 def format_page(rows: Mapping[str, str]) -> str:
     """The whole result as Markdown."""
     errors = [abs(int(row.split(" | ")[4].removesuffix(" %"))) for row in rows.values()]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft", "mlx")
+    )
     libc = " ".join(platform.libc_ver())
     lines = [
         "# Predicted and measured memory",
         "",
         "`python benchmarks/memory.py --write` trains a recipe of each shipped model for three steps, and compares what the",
-        "pre-flight (`utils/memory.py`) predicts with the peak resident memory of the process; with `--only` it measures some",
-        "of them anew. All but the embedded model have random weights of the real architecture, and the embedded model's",
-        "tokenizer. No run here used a GPU.",
+        "pre-flight (`utils/memory.py`, `utils/mlx_memory.py`) predicts with the peak resident memory of the process; with",
+        "`--only` it measures some of them anew. All but the embedded model have random weights of the real architecture, and",
+        "the embedded model's tokenizer. No run here used a GPU, and those on MLX its CPU build.",
         "",
         "| recipe | parameters with adapters | predicted | measured | error | peak while |",
         "|---|---|---|---|---|---|",

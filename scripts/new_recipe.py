@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from config.model_families import guess_parameters
 from utils import cli
-from utils.recipe_choices import METHODS, PROFILES
+from utils.recipe_choices import BACKENDS, METHODS, PROFILES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--size", type=read_size, metavar="N", help="parameters, such as 1.5B, where nothing tells them"
     )
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="as in backend (default: auto)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: recipes/<model>_<data>.yaml)")
     options = parser.parse_args(arguments)
 
@@ -49,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_recipe,
     )
 
-    order = Order(options.model, options.data, options.profile, options.method, options.size, options.out)
-    plan = plan_recipe(order)
+    plan = plan_recipe(Order(**vars(options)))
     text = format_recipe(plan)
     print(text)
     preflight = check_new_recipe(text, plan)

@@ -100,6 +100,14 @@ def test_the_recipe_pins_what_would_otherwise_be_left_to_a_default(tmp_path: Pat
     }
 
 
+def test_a_back_end_that_is_asked_for_stands_in_the_recipe_and_in_its_name(tmp_path: Path, tiny_llama: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS["messages"])
+    loaded = make_recipe(tmp_path, rows, "--backend", "mlx", "--size", "1M", model=str(tiny_llama))
+    assert loaded.recipe.backend == "mlx"
+    assert loaded.origins["backend"].startswith(str(loaded.path))
+    assert choose_path("gpt2", "chats.jsonl", "mlx") == Path("recipes/gpt2_chats_mlx.yaml")
+
+
 def test_the_limit_is_the_longest_rows_own_length(tmp_path: Path, embedded: ModelSource) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", ROWS["messages"])
     long = {"messages": [{"role": "user", "content": "word " * 300}, {"role": "assistant", "content": "Yes."}]}

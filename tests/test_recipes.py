@@ -58,7 +58,8 @@ ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, SHAPE),
     "mistral": (MistralConfig, SHAPE),
     "qwen": (Qwen2Config, SHAPE),
-    "gemma": (Gemma3TextConfig, {**SHAPE, "head_dim": 16}),
+    # mlx-lm takes its wide mask from a layer that has one, so there must be one.
+    "gemma": (Gemma3TextConfig, {**SHAPE, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}),
     "phi3": (Phi3Config, SHAPE),
 }
 # Family → its chat template, as trl ships it or as we do, and the tokens that begin and end a text.

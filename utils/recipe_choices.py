@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from config.model_families import find_learning_rate
-from config.structured_config import TrainingSection
+from config.structured_config import Recipe, TrainingSection
 from utils.exceptions import DataError
 from utils.rule_checks import show_count
 
@@ -27,6 +27,7 @@ METHODS: tuple[str, ...] = tuple(
     for method in get_args(TrainingSection.model_fields["method"].annotation)
     if find_learning_rate(0, None, method, with_lora=True)
 )
+BACKENDS: tuple[str, ...] = get_args(Recipe.model_fields["backend"].annotation)
 ROUND_TO = 64  # tokens
 LONGEST_LIMIT = 4096  # tokens; beyond it attention and activations need a machine that the user should choose by hand
 MAX_ANSWER = 1024
@@ -64,6 +65,7 @@ class Plan:
         model, rows: what is known.
         profile: what kind of answers; decides sampling and metrics.
         method: as in `training.method`.
+        backend: as in the recipe; `auto` is left out of it.
     """
 
     path: Path
@@ -71,6 +73,7 @@ class Plan:
     rows: RowFacts
     profile: Profile
     method: str
+    backend: str = "auto"
 
     @property
     def learns_pairs(self) -> bool:

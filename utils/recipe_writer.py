@@ -40,16 +40,18 @@ class Order:
     Attributes:
         model: hub id, folder or `embedded/<name>`.
         data: training rows, as in `data.train`.
-        parameters: of the model.
-        path: the file to write.
+        size: parameters of the model.
+        out: the file to write.
+        backend: as in the recipe.
     """
 
     model: str
     data: str
     profile: Profile | None = None
     method: str | None = None
-    parameters: int | None = None
-    path: Path | None = None
+    size: int | None = None
+    out: Path | None = None
+    backend: str = "auto"
 
 
 def plan_recipe(order: Order) -> Plan:
@@ -60,12 +62,12 @@ def plan_recipe(order: Order) -> Plan:
         DataError: rows that cannot be read, or that no method fits.
         ModelLoadingError: the model's files are damaged.
     """
-    path = order.path or choose_path(order.model, order.data)
+    path = order.out or choose_path(order.model, order.data, order.backend)
     check_target(path)
     rows = inspect_rows(order.data)
     method = choose_method(order.method, rows)
-    model = inspect_model(order.model, order.parameters)
-    plan = Plan(path, model, rows, order.profile or choose_profile(rows), method)
+    model = inspect_model(order.model, order.size)
+    plan = Plan(path, model, rows, order.profile or choose_profile(rows), method, order.backend)
     rows = count_tokens(rows, make_draft(plan), model.source)
     return replace(plan, rows=rows, profile=order.profile or choose_profile(rows))
 
@@ -83,14 +85,15 @@ def make_draft(plan: Plan) -> LoadedRecipe:
     return LoadedRecipe(recipe, plan.path, {key: find_origin(key) for key in ("model.name", "data.train", "data.eval")})
 
 
-def choose_path(model: str, data: str) -> Path:
-    """`recipes/<model>_<data>.yaml`; a file called train.jsonl is known by its folder."""
+def choose_path(model: str, data: str, backend: str = "auto") -> Path:
+    """`recipes/<model>_<data>.yaml`, with the back end where it is named; a file called train.jsonl is known by its folder."""
     path = Path(data)
     stem = path.name.partition(".")[0]
     if stem in SAME_FOR_ALL or not any(character.isalnum() for character in stem):
         stem = path.parent.name or stem
     parts = (model.rstrip("/").rsplit("/", 1)[-1], stem)
     words = ["".join(c if c.isalnum() else "_" for c in part.lower()).strip("_") for part in parts]
+    words += [] if backend == "auto" else [backend]
     return Path("recipes") / f"{'_'.join(words)}.yaml"
 
 
@@ -151,6 +154,8 @@ def check_new_recipe(text: str, plan: Plan) -> Preflight | None:
 def format_recipe(plan: Plan) -> str:
     """The recipe's text."""
     lines = [*format_header(plan), format_line(Line("seed", SEED, "any number; the same one repeats the run"), "")]
+    if plan.backend != "auto":
+        lines.append(format_line(Line("backend", plan.backend, "as asked for; auto would choose by the machine"), ""))
     for section, content in iterate_sections(plan):
         lines.append(f"{section}:")
         lines += [format_line(line, "  ") for line in content]

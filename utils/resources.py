@@ -23,6 +23,8 @@ from utils.forecast import (
 )
 from utils.machine import Machine, inspect_machine
 from utils.memory import MemoryEstimate, check_memory, estimate_memory, measure_stored_bytes, show_bytes
+from utils.mlx_memory import estimate_mlx_memory
+from utils.mlx_support import is_stored_quantised
 from utils.model_shape import ModelShape, measure_shape, silence
 from utils.model_source import ModelSource
 from utils.prepared_data import PreparedData
@@ -93,6 +95,9 @@ def make_predictor(
     held_out = (data.evaluation.lengths, data.evaluation.supervised)
     workload = plan_workload(recipe, shape, machine, (data.train.lengths, data.train.supervised), held_out)
     stored = measure_stored_bytes(source)
+    if machine.backend == "mlx":
+        kept = stored if is_stored_quantised(source.config) else None
+        return lambda changed: estimate_mlx_memory(changed, shape, machine, workload, kept)
     return lambda changed: estimate_memory(changed, shape, machine, workload, stored)
 
 

@@ -157,13 +157,34 @@ def plan_workload(
             passes = pack_passes(lengths[window], supervised[window], recipe.data.max_length)
         else:
             passes = cut_passes(lengths[window], supervised[window], size, is_flat=is_flat, evenly=is_flat)
+        if machine.backend == "mlx":
+            passes = [see_as_plain_rows(item, recipe, lengths) for item in passes]
         cost = sum(weigh(item, shape) for item in passes[:workers])
         if cost > worst[0]:
             worst = cost, Workload(tuple(passes[:workers]), len(passes), repeats_itself(passes, workers), ())
+    if machine.backend == "mlx" and recipe.dpo is not None and recipe.dpo.reference == "precomputed":
+        # The reference scores every pair before the first step.
+        held_out = np.concatenate([train[0], held_out[0]]), np.concatenate([train[1], held_out[1]])
     groups = group_scored_rows(held_out[0], count_scored_rows(recipe), machine.token_budget)
     evaluation = make_passes(*held_out, groups, is_flat=is_flat)[: machine.workers]
+    if machine.backend == "mlx" and training.learns_pairs:
+        evaluation = [unroll_pass(item) for item in evaluation]
     assert worst[1] is not None
     return replace(worst[1], evaluation=tuple(evaluation))
+
+
+def see_as_plain_rows(item: ForwardPass, recipe: Recipe, lengths: Lengths) -> ForwardPass:
+    """A pass as MLX computes it: a pair as two rows, and each example of a packed row as a row of its own."""
+    if recipe.training.learns_pairs:
+        return unroll_pass(item)
+    if recipe.training.packing:
+        return replace(item, rows=int(np.ceil(item.tokens / lengths.mean())), length=int(lengths.max()))
+    return item
+
+
+def unroll_pass(item: ForwardPass) -> ForwardPass:
+    """Pairs as two rows each, whose prompt is in both; the learned tokens are those of the two answers."""
+    return replace(item, rows=2 * item.rows, length=item.length - item.supervised // (2 * item.rows))
 
 
 def repeats_itself(passes: Sequence[ForwardPass], workers: int) -> bool:

@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten
 from config.structured_config import DpoSection
 from utils.batching import Batch, count_answer_tokens, unpack_rows, unroll_pairs
 
-# Numbers of a chunk of logits: they exist for one chunk at a time.
-CHUNK = 33_554_432
+# Numbers of a chunk of logits. MLX lays out memory some operations ahead of their turn: chunks of a few may be there together.
+CHUNK = 8_388_608
 Losses = Callable[[mx.array, mx.array], mx.array]
 Arrays = dict[str, mx.array]
 
@@ -109,8 +109,8 @@ def compute_token_losses(network: nn.Module, arrays: Arrays) -> mx.array:
 def compute_head_losses(network: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
     """Negative log-likelihood of each target in float32 nats, shape (tokens,).
 
-    With a frozen head the gradient by the hidden states is formed in the forward pass, chunk by chunk, so that no more than a
-    chunk of logits is ever there (Liger Kernel, arXiv 2410.10989, section 3.2).
+    With a frozen head the gradient by the hidden states is formed in the forward pass, chunk by chunk, so that the logits of
+    all tokens are never there together (Liger Kernel, arXiv 2410.10989, section 3.2).
 
     Args:
         hidden: what the head reads, shape (tokens, hidden).
@@ -126,9 +126,17 @@ def compute_head_losses(network: nn.Module, hidden: mx.array, targets: mx.array)
     size = max(1, CHUNK // find_vocabulary(network))
     if len(targets) <= size or trains_head(network):
         return score(hidden, targets)
-    starts = range(0, len(targets), size)
-    parts = [(hidden[start : start + size], targets[start : start + size]) for start in starts]
-    return mx.concatenate([compute_chunk(score, *part) for part in parts])
+    compute, found = compute_chunk if network.training else compute_alone, [mx.zeros(0)]
+    for start in range(0, len(targets), size):
+        # MLX takes up to 20 independent branches at once: the logits of as many chunks would be there together.
+        (part,) = mx.depends([hidden[start : start + size]], [found[-1]])
+        found.append(compute(score, part, targets[start : start + size]))
+    return mx.concatenate(found)
+
+
+def compute_alone(score: Losses, hidden: mx.array, targets: mx.array) -> mx.array:
+    """Losses of a chunk without a gradient."""
+    return score(hidden, targets)
 
 
 def compute_chunk(score: Losses, hidden: mx.array, targets: mx.array) -> mx.array:

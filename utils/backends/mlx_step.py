@@ -51,10 +51,10 @@ class MlxTrainStep:
         """
         self.model, self.training, self.dpo = model, recipe.training, recipe.dpo
         self.network = model.network
-        # Arrays never change in place, so these stay the untouched model's: DPO's reference, without a second copy in memory.
-        self.start: Tree = self.network.trainable_parameters()
+        # Arrays never change in place, so these stay the untouched model's: DPO's reference, without a copy of what is frozen.
+        self.start: Tree = self.network.trainable_parameters() if self.scores_references else {}
         self.sums: Numbers = {}
-        self.silent = {name for name, _ in tree_flatten(self.start)}
+        self.silent = {name for name, _ in tree_flatten(self.network.trainable_parameters())}
         self.optimizer = MlxOptimizer(self.network, recipe)
         if recipe.training.gradient_checkpointing is True:
             checkpoint_layers(self.network)
@@ -62,6 +62,11 @@ class MlxTrainStep:
         differentiate = nn.value_and_grad(self.network, self._compute)
         self.multiple = SHAPES if compiles else 1
         self.differentiate = Compiled(self.network, differentiate) if compiles else differentiate
+
+    @property
+    def scores_references(self) -> bool:
+        """True where the untouched model scores the pairs of each step."""
+        return self.dpo is not None and self.dpo.reference != "precomputed"
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Takes one optimizer step, or none if loss or gradient is not finite: then nothing has changed (`skipped`).
@@ -158,7 +163,7 @@ class MlxTrainStep:
 
     def _add_references(self, micro_batches: Sequence[Batch]) -> Sequence[Batch]:
         """Adds the untouched model's log-probabilities where the recipe wants them computed in each step."""
-        if self.dpo is None or self.dpo.reference == "precomputed":
+        if not self.scores_references:
             return micro_batches
         weights, found = self.network.trainable_parameters(), []
         self.network.update(self.start)
