@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from benchmarks.tiny_models import SPECIAL, save_llama
 from config.structured_config import Recipe
@@ -167,6 +168,20 @@ def test_a_merged_run_is_read_alike_by_transformers_and_by_mlx_lm(
 ) -> None:
     said = runs.follow("merge", "--run", both[0], "--out", tmp_path / "merged", "--compare")
     assert "compared: largest logit difference 0.0000" in said
+    assert_read_alike(tmp_path / "merged")
+
+
+def test_a_merged_gpt2_has_the_names_that_mlx_lm_reads(runs: MlxRuns, tmp_path: Path) -> None:
+    """transformers begins them with `transformer.`, which mlx-lm's own loader does not know."""
+    sizes = {"vocab_size": len(SPECIAL) + 95, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128}
+    model = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).save_pretrained(model)
+    for path in runs.model.glob("*token*"):
+        shutil.copy(path, model / path.name)
+    shutil.copy(runs.model / "chat_template.jinja", model / "chat_template.jinja")
+    run = train(runs, "gpt2", {**MLX, **SHORT, "model.name": str(model), "lora.target_modules": "all-linear"})
+    said = runs.follow("merge", "--run", run, "--out", tmp_path / "merged")
+    assert "mlx-lm's tools read GPT-2 only under the names of its first files" in said
     assert_read_alike(tmp_path / "merged")
 
 

@@ -24,7 +24,7 @@ from utils.merge_companions import plan_config, save_companions, save_config
 from utils.merge_plan import MergePlan, plan_copy, plan_merge
 from utils.merge_sources import Trained
 from utils.model_safety import strip_code_keys
-from utils.model_source import ModelSource, find_model, open_folder, read_config
+from utils.model_source import ModelSource, find_model, iterate_tensor_shapes, open_folder, read_config
 from utils.progress import Progress
 from utils.streaming_merge import write_plan
 from utils.tokenizer_files import load_tokenizer
@@ -159,12 +159,21 @@ def plan_streaming(run: Trained, base: BaseName) -> StreamedMerge:
         if not recipe.model.trust_remote_code:
             config, _ = strip_code_keys(config)
         return StreamedMerge(plan_copy(run.folder, dtype), {**config, "dtype": dtype})
+    if choose_backend(recipe, source.config) == "mlx" and hides_from_mlx(source):
+        raise NeedsFramework("mlx-lm's tools read GPT-2 only under the names of its first files")
     added_ids: tuple[int, ...] = ()
     if recipe.data.added_tokens:
         added_ids = find_added_ids(load_tokenizer(source.folder), recipe.data.added_tokens)
     adapters = [*([source.adapter] if source.adapter else []), run.folder]
     weights = plan_merge(source, adapters, added_ids, recipe.reward is not None)
     return StreamedMerge(weights, plan_config(source, run.tokenizer, weights.vocabulary, recipe.reward is not None))
+
+
+def hides_from_mlx(source: ModelSource) -> bool:
+    """True for a GPT-2 whose tensors begin with `transformer.`, as transformers names them today."""
+    return source.model_type == "gpt2" and any(
+        name.startswith("transformer.") for name, _ in iterate_tensor_shapes(source)
+    )
 
 
 def check_room(target: Path, size: int) -> None:

@@ -95,9 +95,7 @@ class MlxTrainStep:
                 return replace(result, skipped=True, faulty=faulty)
             self._observe(gradients)
             if self.training.max_grad_norm and norm > self.training.max_grad_norm:
-                factor = self.training.max_grad_norm / (
-                    norm + 1e-6
-                )  # torch.nn.utils.clip_grad_norm_ has the same formula
+                factor = self.training.max_grad_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
                 gradients = tree_map(lambda gradient: gradient * factor, gradients)
             self.optimizer.update(gradients, learning_rate)
         self.network.eval()
