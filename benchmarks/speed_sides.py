@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
 ENVIRONMENTS = ROOT / ".bench"
 INSTALLED = ".installed"
-OURS = "tunebook"
+OURS, OURS_ON_MLX = "tunebook", "tunebook_mlx"
 SHORTEST = "short"
 NOT_MEANT = "not a work of this side"
 
@@ -38,6 +38,7 @@ class Side:
         works: names of the works that it can do; empty for all.
         needs: `cuda` where it does not run without.
         insists_on_bfloat16: where that is not native each step takes minutes, so there it takes two of the shortest work.
+        overrides: what Tunebook's recipe gets beside the work's own.
         prepares: whether the script has something to do once before its first run, which is not timed.
         says: how it is set, for the page.
     """
@@ -50,6 +51,7 @@ class Side:
     works: tuple[str, ...] = ()
     needs: str | None = None
     insists_on_bfloat16: bool = False
+    overrides: tuple[str, ...] = ()
     prepares: bool = False
     says: str = ""
 
@@ -73,6 +75,7 @@ class Side:
 
 
 ADAPTER_WORKS = ("short", "medium", "long")
+MLX_WORKS = ("small", "short", "medium")
 SIDES = {
     side.name: side
     for side in (
@@ -129,8 +132,24 @@ SIDES = {
             "mlx-lm",
             "run_mlx_lm.py",
             "mlx_lm",
-            works=("short", "medium"),
+            works=MLX_WORKS,
             says="adapters in all layers, no pad learned, float32 on a CPU; its mask knows one answer in a row, not several",
+        ),
+        Side(
+            "mlx_lm_plain",
+            "mlx-lm as it comes",
+            "run_mlx_lm.py",
+            "mlx_lm",
+            setting="unchanged",
+            works=MLX_WORKS,
+            says="its own mask, which learns a pad in each padded row, and Adam without bias correction or clipping",
+        ),
+        Side(
+            OURS_ON_MLX,
+            "Tunebook on MLX",
+            works=MLX_WORKS,
+            overrides=("backend=mlx",),
+            says="the same recipe with `backend: mlx`; on Linux with torch's matrix products",
         ),
         Side("unsloth", "Unsloth", needs="cuda"),
         Side("liger", "TRL with Liger kernels", needs="cuda"),
@@ -199,6 +218,7 @@ def run_tunebook(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measur
     cold, run = not (cache / "filled").exists(), folder / "run"
     recipe = prepared.folder / "recipe.yaml"
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe", str(recipe), "--run", str(run)]
+    command += [word for override in side.overrides for word in ("--set", override)]
     ends: list[float] = []
     watch = watch_lines(run / "metrics.jsonl", ends)
     done = execute(command, {"TUNEBOOK_CACHE": str(cache)}, attempt, watch)

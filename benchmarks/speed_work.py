@@ -8,6 +8,7 @@ question and query), `gsm8k_train.jsonl` ({"question", "answer"}) and `gsm8k_pre
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ class Work:
         join_tokens: turns are joined until a row would be longer; 0 keeps each conversation by itself.
         steps: optimizer steps of a run unless the command says otherwise.
         learning_rate: constant, without warmup.
+        is_small: on a random model of four narrow layers, where MLX has no GPU.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Work:
     method: Literal["sft", "dpo"] = "sft"
     is_full: bool = False
     quantization: Literal["none", "nf4"] = "none"
+    is_small: bool = False
 
     @property
     def has_adapters(self) -> bool:
@@ -58,6 +61,7 @@ class Work:
 WORKS = {
     work.name: work
     for work in (
+        Work("small", "WikiSQL on a small random model, LoRA", "wikisql", steps=5, is_small=True),
         Work("short", "WikiSQL, LoRA", "wikisql", steps=10),
         Work("medium", "GSM8K chat, LoRA", "gsm8k", steps=5),
         Work("long", "GSM8K joined to 2,000 tokens, LoRA", "gsm8k", join_tokens=2000, batch_size=2, steps=3),
@@ -144,9 +148,24 @@ def find_base() -> ModelSource:
     return find_model(ModelSection(name=DEFAULT_MODEL), "benchmark", with_weights=True)
 
 
+def build_small_model(folder: Path) -> ModelSource:
+    """A random model of the embedded one's architecture, with its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base = find_base().folder
+    torch.manual_seed(SEED)
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = AutoConfig.from_pretrained(base, **sizes, num_key_value_heads=2, head_dim=32)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy2(base / name, folder)
+    return find_model(ModelSection(name=str(folder)), "benchmark", with_weights=True)
+
+
 def prepare_work(work: Work, steps: int | None, rows_dir: Path | None, folder: Path) -> PreparedWork:
     """Writes rows and recipe, encodes the rows as Tunebook does, and writes them for the peers in the order of training."""
-    source, count = find_base(), steps or work.steps
+    source, count = build_small_model(folder / "model") if work.is_small else find_base(), steps or work.steps
     rows = read_rows(work, rows_dir, source.folder, count * work.batch_size)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = folder / "recipe.yaml"

@@ -24,20 +24,7 @@ from utils.recipe_choices import BACKENDS, METHODS, PROFILES
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Checks and writes the recipe; returns the exit code."""
-    parser = cli.make_parser(__doc__)
-    filled, what = cli.read_name, "training rows: file, glob or hub dataset"
-    parser.add_argument("--model", required=True, type=filled, metavar="NAME", help="hub id, folder or embedded/<name>")
-    parser.add_argument("--data", required=True, type=filled, metavar="FILE", help=what)
-    parser.add_argument(
-        "--profile", choices=PROFILES, help="kind of answers: sampling and metrics (default: by the rows)"
-    )
-    parser.add_argument("--method", choices=METHODS, help="as in training.method (default: what fits the rows)")
-    parser.add_argument(
-        "--size", type=read_size, metavar="N", help="parameters, such as 1.5B, where nothing tells them"
-    )
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="as in backend (default: auto)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: recipes/<model>_<data>.yaml)")
-    options = parser.parse_args(arguments)
+    options = read_options(arguments)
 
     from utils.preflight import summarise_preflight
     from utils.preview import print_warnings
@@ -50,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_recipe,
     )
 
-    plan = plan_recipe(Order(**vars(options)))
+    asked = (options.profile, options.method, options.size, options.out, options.backend)
+    plan = plan_recipe(Order(options.model, options.data, *asked))
     text = format_recipe(plan)
     print(text)
     preflight = check_new_recipe(text, plan)
@@ -65,6 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name.replace('_', ' ')}: {value}")
     print(f"\nThe recipe is valid. Next: python scripts/train.py --recipe {plan.path}")
     return 0
+
+
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.make_parser(__doc__)
+    filled, what = cli.read_name, "training rows: file, glob or hub dataset"
+    parser.add_argument("--model", required=True, type=filled, metavar="NAME", help="hub id, folder or embedded/<name>")
+    parser.add_argument("--data", required=True, type=filled, metavar="FILE", help=what)
+    parser.add_argument(
+        "--profile", choices=PROFILES, help="kind of answers: sampling and metrics (default: by the rows)"
+    )
+    parser.add_argument("--method", choices=METHODS, help="as in training.method (default: what fits the rows)")
+    parser.add_argument(
+        "--size", type=read_size, metavar="N", help="parameters, such as 1.5B, where nothing tells them"
+    )
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="as in backend (default: auto)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: recipes/<model>_<data>.yaml)")
+    return parser.parse_args(arguments)
 
 
 def read_size(text: str) -> int:

@@ -165,12 +165,22 @@ def plan_workload(
     if machine.backend == "mlx" and recipe.dpo is not None and recipe.dpo.reference == "precomputed":
         # The reference scores every pair before the first step.
         held_out = np.concatenate([train[0], held_out[0]]), np.concatenate([train[1], held_out[1]])
-    groups = group_scored_rows(held_out[0], count_scored_rows(recipe), machine.token_budget)
-    evaluation = make_passes(*held_out, groups, is_flat=is_flat)[: machine.workers]
-    if machine.backend == "mlx" and training.learns_pairs:
-        evaluation = [unroll_pass(item) for item in evaluation]
     assert worst[1] is not None
-    return replace(worst[1], evaluation=tuple(evaluation))
+    return replace(worst[1], evaluation=plan_scoring(recipe, machine, held_out, is_flat=is_flat))
+
+
+def plan_scoring(
+    recipe: Recipe, machine: Machine, rows: tuple[Lengths, Lengths], *, is_flat: bool
+) -> tuple[ForwardPass, ...]:
+    """The largest passes without gradients that run side by side.
+
+    Args:
+        rows: tokens and learned tokens of every example that is scored, each of shape (examples,).
+    """
+    groups = group_scored_rows(rows[0], count_scored_rows(recipe), machine.token_budget)
+    passes = make_passes(*rows, groups, is_flat=is_flat)[: machine.workers]
+    unrolls = machine.backend == "mlx" and recipe.training.learns_pairs
+    return tuple(unroll_pass(item) if unrolls else item for item in passes)
 
 
 def see_as_plain_rows(item: ForwardPass, recipe: Recipe, lengths: Lengths) -> ForwardPass:

@@ -2,11 +2,13 @@
 
 Runs `mlx_lm.tuner.train`, the function behind `mlx_lm.lora`, with adapters on all linear modules of all layers. Put in from
 here: the order of the rows (its own sorts all of them by length), clipping at 1, bias correction in Adam, float32 weights on
-a CPU, and lengths without the one pad that its mask learns in each padded row. Its padding to 32 k + 1 tokens stays.
+a CPU, and lengths without the one pad that its mask learns in each padded row. Its padding to 32 k + 1 tokens stays. With the
+setting `unchanged`, its mask and its Adam are its own: only the order of the rows and the number format are put in.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +29,13 @@ RECORDER = peer_job.Recorder()
 
 
 class ClippingAdamW(mlx.optimizers.AdamW):  # type: ignore[misc]  # a class of a library that is not type-checked
-    """AdamW that clips at 1 and keeps the norm."""
+    """AdamW that clips, where it is told to, and keeps the norm."""
+
+    limit = 1.0
 
     def update(self, model: Any, gradients: Any) -> None:
         """Clips and moves the weights."""
-        gradients, norm = mlx.optimizers.clip_grad_norm(gradients, 1.0)
+        gradients, norm = mlx.optimizers.clip_grad_norm(gradients, self.limit)
         self.state["norm"] = norm
         super().update(model, gradients)
 
@@ -52,22 +56,26 @@ class StepClock(TrainingCallback):  # type: ignore[misc]  # a class of a library
 
 
 def iterate_in_order(dataset: list[Any], batch_size: int, *_: Any, **__: Any) -> Iterator[tuple[mx.array, mx.array]]:
-    """Batches of rows in their order, padded as the tool pads; the range of learned tokens ends at the last real one."""
+    """Batches of rows in their order, padded as the tool pads, each with its range of learned tokens."""
     for start in range(0, len(dataset), batch_size):
         rows = dataset[start : start + batch_size]
-        longest = max(len(ids) for ids, _ in rows)
+        longest = max(len(ids) for ids, _, _ in rows)
         batch = np.zeros((len(rows), 1 + PAD_TO * -(-longest // PAD_TO)), np.int32)
-        for row, (ids, _) in zip(batch, rows, strict=True):
+        for row, (ids, _, _) in zip(batch, rows, strict=True):
             row[: len(ids)] = ids
-        yield mx.array(batch), mx.array([(offset, len(ids) - 1) for ids, offset in rows])
+        yield mx.array(batch), mx.array([(offset, end) for ids, offset, end in rows])
 
 
 def main() -> None:
     """Trains, and writes down what happened."""
     job = peer_job.read_job()
     rows = peer_job.read_rows(job)[: job["steps"] * job["batch_size"]]
-    # Position i of the tool's mask stands for token i, and its first learned token is the one at the offset.
-    dataset = [(row["input_ids"], next(i for i, label in enumerate(row["labels"]) if label != -100)) for row in rows]
+    # Position i of the tool's mask stands for token i, and its first learned token is the one at the offset. Its own range ends
+    # one behind the last token, where a padded row has a pad.
+    is_changed = job["setting"] != "unchanged"
+    starts = [next(i for i, label in enumerate(row["labels"]) if label != -100) for row in rows]
+    ends = [len(row["input_ids"]) - is_changed for row in rows]
+    dataset = [(row["input_ids"], *span) for row, *span in zip(rows, starts, ends, strict=True)]
     windows = [dataset[start : start + job["batch_size"]] for start in range(0, len(dataset), job["batch_size"])]
     mx.random.seed(job["seed"])
     model, _ = load(job["model"])
@@ -75,9 +83,10 @@ def main() -> None:
     linear_to_lora_layers(model, -1, {"rank": job["r"], "scale": job["alpha"] / job["r"], "dropout": 0.0})
     if not mx.metal.is_available():
         model.set_dtype(mx.float32)
-    optimizer = ClippingAdamW(job["learning_rate"], weight_decay=0.0, bias_correction=True)
+    optimizer = ClippingAdamW(job["learning_rate"], weight_decay=0.0, bias_correction=is_changed)
+    optimizer.limit = 1.0 if is_changed else math.inf
     optimizer.state["norm"] = mx.array(0.0)
-    clock = StepClock(optimizer, [sum(len(ids) for ids, _ in window) for window in windows])
+    clock = StepClock(optimizer, [sum(len(ids) for ids, _, _ in window) for window in windows])
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArgs(
             batch_size=job["batch_size"],
