@@ -184,9 +184,9 @@ def iterate_parts(model: MlxModel, folder: Path) -> Iterator[tuple[tuple[str, st
 def check_places(model: MlxModel, settings: Mapping[str, tuple[int, float]], folder: Path) -> None:
     """Every adapter stands on a linear module of the model."""
     linear = {name for name, module in model.network.named_modules() if isinstance(module, Linear)}
-    if lost := sorted({*settings} - linear) or not settings:
-        what = lost[0] if isinstance(lost, list) else "any of its modules"
-        message = f"the adapter does not fit this model: the model has no place for {what}"
+    if not settings or (lost := sorted({*settings} - linear)):
+        what = f"the model has no place for {lost[0]}" if settings else "it holds no factor of a linear module"
+        message = f"the adapter does not fit this model: {what}"
         raise AdapterError(message, where=str(folder), code="adapter-mismatch")
 
 
