@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.rows import describe_machine
 from benchmarks.speed_results import FIRST_LOSS, MEAN_LOSS, Summary, WorkResult, summarise
-from benchmarks.speed_sides import NOT_MEANT, OURS, SIDES
+from benchmarks.speed_sides import NOT_MEANT, OUR_SIDES, OURS, SIDES
 from benchmarks.speed_work import WORKS
 from utils.machine import count_cores, measure_memory
 
@@ -98,7 +98,7 @@ def format_row(result: WorkResult, each: Summary, ours: Summary | None) -> str:
 
 def format_first(each: Summary) -> str:
     """Time to the first step; of Tunebook with an empty cache of tokens and with a filled one."""
-    if each.side != OURS:
+    if each.side not in OUR_SIDES:
         return f"{each.first[True]:.1f}"
     names = {True: "cold", False: "warm"}
     return ", ".join(f"{names[cold]} {seconds:.1f}" for cold, seconds in each.first.items())

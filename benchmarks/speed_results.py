@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.speed_bound import NeededWork
-from benchmarks.speed_sides import OURS, OURS_ON_MLX, SIDES, Measurement
+from benchmarks.speed_sides import OUR_SIDES, OURS, SIDES, Measurement
 from benchmarks.speed_work import LORA, WORKS, PreparedWork
 from utils.model_source import ModelSource, iterate_tensor_shapes
 
@@ -95,7 +95,7 @@ def find_faults(result: WorkResult, run: Measurement) -> list[str]:
     if run.error:
         return [f"stopped: {run.error}"]
     steps, faults = len(run.ends), []
-    expected = result.own_tokens if run.side in (OURS, OURS_ON_MLX) else result.tokens
+    expected = result.own_tokens if run.side in OUR_SIDES else result.tokens
     if run.tokens != expected[:steps]:
         faults.append(f"saw {sum(run.tokens)} tokens and not {sum(expected[:steps])}")
     if run.supervised != result.supervised[:steps]:

@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
 ENVIRONMENTS = ROOT / ".bench"
 INSTALLED = ".installed"
-OURS, OURS_ON_MLX = "tunebook", "tunebook_mlx"
+OURS, OURS_ON_MLX = OUR_SIDES = ("tunebook", "tunebook_mlx")
 SHORTEST = "short"
+LIBRARIES = {"torch": ("torch", "transformers", "peft"), "mlx": ("mlx", "mlx-lm", "transformers")}
 NOT_MEANT = "not a work of this side"
 
 
@@ -235,7 +236,7 @@ def run_tunebook(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measur
         "gradient_norms": [math.nan if row["grad_norm"] is None else row["grad_norm"] for row in rows],
         "trainable_parameters": facts["trainable_parameters"],
         "dtype": facts["dtype"],
-        "versions": {name: facts["versions"][name] for name in ("torch", "transformers", "peft")},
+        "versions": {name: facts["versions"][name] for name in LIBRARIES[facts["backend"]]},
     }
     return replace(make_measurement(side, prepared, number, done, result), cold=cold)
 

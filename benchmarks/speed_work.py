@@ -228,7 +228,7 @@ def read_rows(work: Work, rows_dir: Path | None, model: Path, count: int) -> lis
         rows = read_pairs(rows_dir)
     else:
         join_tokens = work.join_tokens
-        if rows_dir is None and work.name != "short":
+        if rows_dir is None and work.rows != "wikisql":
             join_tokens = join_tokens or 200  # shipped conversations are short ones
         rows = read_conversations(work, rows_dir)
         rows = join_conversations(rows, join_tokens, model) if join_tokens else rows
