@@ -121,6 +121,8 @@ def find_config_trouble(config: Mapping[str, Any]) -> str | None:
         known = (*known, *LONG_ROTATIONS)
     if kind not in known:
         return f"its rotary positions are of the kind {kind!r}, which mlx-lm does not have for it"
+    if model_type == "gemma3_text" and not has_even_pattern(config):
+        return "its layers with and without a window do not alternate as mlx-lm builds them"
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         if "quantization" not in config:
@@ -193,7 +195,11 @@ def list_mlx_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if config.get("model_type") not in MLX_MODEL_TYPES:
         return {}
-    return {key: value for key, value in translate_config(config).items() if key not in config and value is not None}
+    found = translate_config(config)
+    rotation = read_rotation(config)[1]
+    if (rotation.get("rope_type") or rotation.get("type")) in LONG_ROTATIONS:
+        found["rope_scaling"] = {**rotation, "type": "longrope"}  # both factors: this file is for rows of any length
+    return {key: value for key, value in found.items() if key not in config and value is not None}
 
 
 def translate_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,3 +213,12 @@ def translate_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     elif "_sliding_window_pattern" in config:
         found["sliding_window_pattern"] = config["_sliding_window_pattern"]
     return found
+
+
+def has_even_pattern(config: Mapping[str, Any]) -> bool:
+    """True if every n-th layer of a Gemma 3 has no window, and there is one such layer at least."""
+    pattern, count = translate_gemma3(config).get("sliding_window_pattern", 6), config.get("num_hidden_layers", 26)
+    if not isinstance(pattern, int) or not isinstance(count, int) or not 1 <= pattern <= count:
+        return False
+    kinds = ["sliding_attention" if (index + 1) % pattern else "full_attention" for index in range(count)]
+    return config.get("layer_types", kinds) == kinds
