@@ -52,10 +52,10 @@ class LoadedRecipe:
         return str(self.path)
 
     def with_automatic_value(self, key: str, value: Any, reason: str) -> LoadedRecipe:
-        """Returns a copy in which a rule has set `section.key`, with the reason as its origin."""
-        section_name, field_name = key.split(".")
+        """Returns a copy in which a rule has set `section.key`, or a key at the top, with the reason as its origin."""
+        section, _, name = key.rpartition(".")
         values = self.recipe.model_dump(exclude_unset=True)
-        values.setdefault(section_name, {})[field_name] = value
+        (values.setdefault(section, {}) if section else values)[name] = value
         recipe = build_recipe(values, self.find_origin)
         return replace(self, recipe=recipe, origins={**self.origins, key: f"auto: {reason}"})
 

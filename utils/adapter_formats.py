@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.adapter_reader import CONV1D_TYPES
 from utils.adapter_source import PREFIX
 from utils.cache_entries import open_or_build
 from utils.cache_keys import hash_code, hash_facts
@@ -26,6 +27,7 @@ from utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelSource, has
 from utils.plain_adapters import (
     MLX_PARTS,
     MLX_WEIGHTS,
+    AdapterSettings,
     Factors,
     PlainAdapter,
     count_layers,
@@ -36,7 +38,6 @@ from utils.plain_adapters import (
 from utils.tensor_files import ITEM_BYTES, StoredTensor, format_header
 
 CHAT_TEMPLATE = "chat_template.jinja"  # what the adapter was trained with lies beside it, in either format
-CONV1D_TYPES = ("gpt2",)  # of those that are converted: their matrices are inputs × outputs in transformers
 PEFT_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 CODE = ("adapter_formats.py", "plain_adapters.py", "mlx_names.py")
 
@@ -103,8 +104,23 @@ def convert_to_peft(folder: Path, source: ModelSource, target: Path, where: str,
         AdapterError: damaged, or something in it that is no plain adapter.
     """
     adapter = read_mlx_adapter(folder, source, where)
+    config = describe_as_peft(adapter, adapter.modules, source.model_type, base_name)
+    write_transposed(name_tensors(adapter.modules, PREFIX, PEFT_PARTS), target / ADAPTER_WEIGHTS, {"format": "pt"})
+    write_companions(folder, config, target)
+    return adapter
+
+
+def describe_as_peft(
+    adapter: AdapterSettings, modules: Iterable[str], model_type: str, base_name: str
+) -> dict[str, Any]:
+    """adapter_config.json as PEFT reads it; alpha is the scale times the rank, which is what it stands for in both.
+
+    Args:
+        modules: that carry the adapter, by their names in transformers.
+        base_name: what it names as its base.
+    """
     alpha = adapter.scale * adapter.rank
-    config = {
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name or None,
@@ -113,13 +129,10 @@ def convert_to_peft(folder: Path, source: ModelSource, target: Path, where: str,
         "lora_dropout": adapter.dropout,
         "use_dora": adapter.is_dora,
         "bias": "none",
-        "fan_in_fan_out": source.model_type in CONV1D_TYPES,
+        "fan_in_fan_out": model_type in CONV1D_TYPES,
         "inference_mode": True,
-        "target_modules": sorted(adapter.modules),
+        "target_modules": sorted(modules),
     }
-    write_transposed(name_tensors(adapter.modules, PREFIX, PEFT_PARTS), target / ADAPTER_WEIGHTS, {"format": "pt"})
-    write_companions(folder, config, target)
-    return adapter
 
 
 def open_as_peft(folder: Path, source: ModelSource, where: str) -> Path:

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 UTILS = Path(__file__).parent
-# Libraries whose kernels decide how a forward pass rounds.
-FORWARD_LIBRARIES = ("torch", "transformers", "peft")
+# Libraries whose kernels decide how a forward pass of a back end rounds.
+FORWARD_LIBRARIES: dict[str, tuple[str, ...]] = {
+    "torch": ("torch", "transformers", "peft"),
+    "mlx": ("mlx", "mlx-lm", "transformers"),
+}
 
 
 def hash_code(paths: Sequence[str]) -> list[str]:
@@ -33,11 +36,15 @@ def hash_project() -> str:
     return digest.hexdigest()
 
 
-def find_forward_versions(quantization: str) -> list[str]:
-    """Versions of the libraries that a forward pass runs on.
+def describe_forward(backend: str, quantization: str) -> dict[str, list[str]]:
+    """What a number that a back end computes depends on besides model and tokens: its modules, and the libraries under them.
 
     Args:
-        quantization: as in the recipe; `none` leaves bitsandbytes out, which then need not be installed.
+        backend: `torch` or `mlx`.
+        quantization: as in the recipe; on torch, `none` leaves bitsandbytes out, which then need not be installed.
     """
-    names = FORWARD_LIBRARIES if quantization == "none" else (*FORWARD_LIBRARIES, "bitsandbytes")
-    return [importlib.metadata.version(name) for name in names]
+    modules = sorted(path.relative_to(UTILS).as_posix() for path in UTILS.glob(f"backends/{backend}_*.py"))
+    names = FORWARD_LIBRARIES[backend]
+    if backend == "torch" and quantization != "none":
+        names = (*names, "bitsandbytes")
+    return {"code": hash_code(modules), "versions": [f"{name} {importlib.metadata.version(name)}" for name in names]}

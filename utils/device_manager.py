@@ -17,10 +17,9 @@ import torch
 from torch.nn import functional
 
 from utils.exceptions import MachineError
-from utils.machine import count_usable_bytes, count_workers, measure_peak_resident
+from utils.machine import count_usable_bytes, count_workers, measure_peak_resident, read_asked_threads
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MAX_THREADS = 1024
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -93,13 +92,8 @@ class DeviceManager:
         Raises:
             MachineError: TUNEBOOK_THREADS is no number of threads.
         """
-        if asked := os.environ.get("TUNEBOOK_THREADS"):
-            if not asked.isdecimal() or not 1 <= int(asked) <= MAX_THREADS:
-                fix = f"set a number from 1 to {MAX_THREADS}, or nothing"
-                raise MachineError(
-                    f"{asked!r} is no number of threads", where="TUNEBOOK_THREADS", fix=fix, code="environment"
-                )
-            torch.set_num_threads(int(asked))
+        if asked := read_asked_threads():
+            torch.set_num_threads(asked)
             return f"{asked} thread(s) for each operation: TUNEBOOK_THREADS"
         if self.gains_from_threads(most):
             torch.set_num_threads(most)

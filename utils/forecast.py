@@ -11,6 +11,7 @@ from typing import Any
 from config.structured_config import Recipe
 from utils.activations import BYTES, MASTER, count_adapters
 from utils.exceptions import MachineError, Problem, TunebookError
+from utils.machine import Machine
 from utils.memory import show_bytes
 from utils.model_shape import ModelShape
 from utils.optimizer_memory import count_optimizer_bytes
@@ -50,8 +51,8 @@ class DiskForecast:
     merge: int
 
 
-def predict_seconds(recipe: Recipe, tokens: int, device: str, outputs: Path = OUTPUTS) -> TimeForecast | None:
-    """Finds the newest finished run of the same model, device and method, and divides by its speed.
+def predict_seconds(recipe: Recipe, tokens: int, machine: Machine, outputs: Path = OUTPUTS) -> TimeForecast | None:
+    """Finds the newest finished run of the same model, back end, device and method, and divides by its speed.
 
     Args:
         tokens: training tokens of the whole run, padding not counted.
@@ -64,7 +65,7 @@ def predict_seconds(recipe: Recipe, tokens: int, device: str, outputs: Path = OU
         folder = RunFolder(path.parent)
         try:
             facts = folder.read_facts()
-            if not is_comparable(facts, device):
+            if not is_comparable(facts, machine):
                 continue
             past = folder.load_recipe(trusts_code=True).recipe  # compared, and nothing of it is loaded
         except TunebookError:
@@ -82,10 +83,11 @@ def read_time(path: Path) -> float:
         return 0.0
 
 
-def is_comparable(facts: dict[str, Any], device: str) -> bool:
-    """A run that ended by itself on this device, with a speed."""
-    speed = facts.get("tokens_per_second")
-    return facts.get("status") == "finished" and facts.get("device") == device and bool(speed)
+def is_comparable(facts: dict[str, Any], machine: Machine) -> bool:
+    """A run that ended by itself on this back end and device, with a speed; runs of older versions were all on torch."""
+    place = facts.get("backend", "torch"), facts.get("device")
+    is_here = place == (machine.backend, machine.device)
+    return facts.get("status") == "finished" and is_here and bool(facts.get("tokens_per_second"))
 
 
 def describe_work(recipe: Recipe) -> tuple[object, ...]:

@@ -13,22 +13,20 @@ from config.structured_config import GenerationSection
 from utils.atomic_files import write_text_atomically
 from utils.backends import Backend, GenerationSettings, MachineFacts
 from utils.batching import Ids
-from utils.cache_keys import find_forward_versions, hash_code
+from utils.cache_keys import describe_forward, hash_code
 from utils.examples import Example
 from utils.logging import get_logger
 from utils.model_source import ModelSource, get_cache_folder
 from utils.progress import Progress
 from utils.tokenizer_utils import TokenizerUtils
 
-# Whatever changes here can change an answer of the untouched model, so one of older code is never read from the cache.
+# Whatever changes here or in the back end can change an answer of the untouched model, so one of older code is never read from
+# the cache.
 CODE = (
     "inference.py",
     "batching.py",
     "tokenizer_utils.py",
-    "backends/torch_generation.py",
-    "backends/torch_decoding.py",
-    "backends/torch_cache.py",
-    "backends/torch_sampling.py",
+    "sliding_context.py",
     "../config/structured_config.py",
 )
 
@@ -97,7 +95,7 @@ def find_baseline_file(
         "settings": [settings.generation.model_dump(), settings.stop_ids, settings.pad_id],
         "machine": [machine.device_name, machine.dtype, machine.quantization],
         "code": hash_code(CODE),
-        "versions": find_forward_versions(machine.quantization),
+        "forward": describe_forward(machine.backend, machine.quantization),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for prompt in prompts:

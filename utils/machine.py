@@ -24,6 +24,7 @@ DeviceName = Literal["cuda", "mps", "metal", "cpu"]
 DEVICES: tuple[DeviceName, ...] = ("cuda", "mps", "metal", "cpu")
 # Tokens that one forward pass should hold when micro_batch_size is auto.
 TOKEN_BUDGETS = {"cpu": 256, "mps": 2048, "metal": 2048, "cuda": 16_384}
+MAX_THREADS = 1024
 MAX_WORKERS = 8  # micro-batches of a step are seldom more
 METAL_SHARE = 0.75  # Metal recommends to use about three quarters of Apple's shared memory
 
@@ -130,6 +131,21 @@ def count_cores() -> int:
 def count_workers() -> int:
     """Micro-batches that run side by side on the CPU, one single-threaded worker for each core."""
     return max(1, min(count_cores(), MAX_WORKERS))
+
+
+def read_asked_threads() -> int | None:
+    """TUNEBOOK_THREADS; None where it is not set.
+
+    Raises:
+        MachineError: it is no number of threads.
+    """
+    asked = os.environ.get("TUNEBOOK_THREADS")
+    if not asked:
+        return None
+    if not asked.isdecimal() or not 1 <= int(asked) <= MAX_THREADS:
+        fix = f"set a number from 1 to {MAX_THREADS}, or nothing"
+        raise MachineError(f"{asked!r} is no number of threads", where="TUNEBOOK_THREADS", fix=fix, code="environment")
+    return int(asked)
 
 
 @contextmanager

@@ -108,7 +108,7 @@ def plan_merge(source: ModelSource, adapters: Sequence[Path], added_ids: Sequenc
         ModelLoadingError: the base's files are damaged.
         NeedsFramework: only peft and transformers can merge this.
     """
-    if "quantization_config" in source.config:
+    if source.is_packed:
         raise NeedsFramework("the base's own files are quantised")
     files = read_files(source.folder)
     tensors = {tensor.name: tensor for file in files for tensor in file.tensors}

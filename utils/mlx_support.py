@@ -221,4 +221,4 @@ def has_even_pattern(config: Mapping[str, Any]) -> bool:
     if not isinstance(pattern, int) or not isinstance(count, int) or not 1 <= pattern <= count:
         return False
     kinds = ["sliding_attention" if (index + 1) % pattern else "full_attention" for index in range(count)]
-    return config.get("layer_types", kinds) == kinds
+    return bool(config.get("layer_types", kinds) == kinds)

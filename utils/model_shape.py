@@ -292,7 +292,7 @@ def refuse_oversized(source: ModelSource) -> None:
     stored = sum(math.prod(sizes) for sizes in shapes)
     if not shapes:
         return
-    slack = 2 * (16 if config.get("quantization_config") else 1)
+    slack = 2 * (16 if source.is_packed else 1)
     layers = read_number(config, "num_hidden_layers", "num_layers", "n_layer")
     width = max((value for key, value in config.items() if key.endswith(WIDTHS) and type(value) is int), default=0)
     shape = read_shape(config)

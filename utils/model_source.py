@@ -57,6 +57,11 @@ class ModelSource:
         return isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
 
     @property
+    def is_packed(self) -> bool:
+        """True if the files hold few bits a weight; older folders of mlx-lm say so in `quantization` alone."""
+        return bool(self.config.get("quantization_config") or self.config.get("quantization"))
+
+    @property
     def family(self) -> ModelFamily | None:
         """Its row in the family table, if it has one."""
         return find_family(self.model_type)

@@ -43,20 +43,29 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class PlainAdapter:
-    """A LoRA adapter with one rank and one scale.
+class AdapterSettings:
+    """What all modules of a plain adapter have in common.
 
     Attributes:
         scale: B·A is multiplied by it.
         dropout: on the input of A while training.
-        is_transposed: A is inputs × rank and B rank × outputs, as mlx-lm has them.
-        modules: by their names in transformers, in the order of the file.
     """
 
     rank: int
     scale: float
     dropout: float
     is_dora: bool
+
+
+@dataclass(frozen=True)
+class PlainAdapter(AdapterSettings):
+    """A LoRA adapter with one rank and one scale.
+
+    Attributes:
+        is_transposed: A is inputs × rank and B rank × outputs, as mlx-lm has them.
+        modules: by their names in transformers, in the order of the file.
+    """
+
     is_transposed: bool
     modules: Mapping[str, Factors]
 

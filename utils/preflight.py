@@ -219,8 +219,9 @@ def list_automatic_values(loaded: LoadedRecipe) -> dict[str, str]:
     found = {}
     for key, origin in loaded.origins.items():
         if origin.startswith("auto: "):
-            section, name = key.split(".")
-            found[key] = f"{values[section][name]} ({origin.removeprefix('auto: ')})"
+            section, _, name = key.rpartition(".")
+            value = values[section][name] if section else values[name]
+            found[key] = f"{value} ({origin.removeprefix('auto: ')})"
     return found
 
 

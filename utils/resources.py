@@ -84,7 +84,7 @@ def plan_resources(
         present = measure_checkpoints(loaded.path)
         problems += check_disk(disk, loaded.find_origin("training.keep_checkpoints"), present=present)
     tokens = float(np.mean(data.train.lengths)) * min(recipe.training.batch_size, len(data.train)) * steps
-    time = predict_seconds(recipe, round(tokens), machine.device)
+    time = predict_seconds(recipe, round(tokens), machine)
     return loaded, Resources(machine, shape, download, memory, disk, time, tuple(problems))
 
 

@@ -27,6 +27,7 @@ NEEDED = {
     "template_hash": str,
     "template_source": str,
     "versions": dict,
+    "backend": str,
     "dtype": str,
     "threads": int,
     "resumes": int,
@@ -102,6 +103,8 @@ def open_resumption(folder: RunFolder, asked: LoadedRecipe | None, *, trusts_cod
         check_recipe_is_same(facts, asked, "leave --recipe and --set out, or train anew without --resume")
     if loaded.recipe.model.dtype == "auto":  # which is quicker is timed, and decides the rounding
         loaded = loaded.with_automatic_value("model.dtype", facts["dtype"], "as when the run began")
+    if loaded.recipe.backend == "auto":  # what is installed may have changed since, and with it the choice
+        loaded = loaded.with_automatic_value("backend", facts["backend"], "as when the run began")
     return Resumption(folder, loaded, facts)
 
 

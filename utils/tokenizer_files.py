@@ -28,7 +28,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
+    except Exception as error:  # tokenizers has no class of its own: what its Rust code finds is a bare Exception
         fix = "use another copy of the model's tokenizer.json and tokenizer_config.json"
         reason = " ".join(str(error).split())[:300]
         message = f"the tokenizer cannot be read: {reason}"

@@ -188,7 +188,7 @@ def prepare_pairs(run: PreparedRun) -> tuple[Sequence[EncodedExample], Callable[
     machine = run.backend.describe_machine(run.model)
     scorer = make_scorer(run.backend, run.model, preflight)
     key = preflight.data.key
-    cache = ReferenceCache(preflight.source, recipe, key, (machine.device, machine.dtype))
+    cache = ReferenceCache(preflight.source, recipe, key, machine)
     training = reference_pairs(recipe, scorer, cache, preflight.data.train, "training")
     if not preflight.data.evaluation:
         return training, make_evaluate(run)

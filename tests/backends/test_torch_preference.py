@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from config.structured_config import Recipe
-from utils.backends import Backend, PairScores, StepResult, torch_backend
+from utils.backends import Backend, MachineFacts, PairScores, StepResult, torch_backend
 from utils.backends.torch_losses import (
     TREE_MODELS,
     PairTerms,
@@ -221,7 +221,7 @@ def test_a_cache_that_is_emptied_while_the_reference_is_computed_loses_no_minute
 
     model = load(folders["llama"], recipe)
     source = ModelSource(str(folders["llama"]), folders["llama"], {})
-    cache = ReferenceCache(source, recipe, "rows", ("cpu", "float32"))
+    cache = ReferenceCache(source, recipe, "rows", MachineFacts("cpu", "a cpu", "float32", 1, 512, 1, ()))
     kept = cache.open(EmptyingScorer(cast(Backend, torch_backend), model, 2, PAD), pairs, "training")
     expected = score_pairs(model, make_micro_batches(pairs, 1, PAD))
     np.testing.assert_allclose(np.sort(kept.ravel()), np.sort(expected.ravel()), rtol=1e-5)

@@ -14,6 +14,7 @@ from config.recipe_io import load_recipe
 from config.structured_config import Recipe
 from utils.exceptions import MachineError
 from utils.forecast import DiskForecast, check_disk, estimate_disk, measure_checkpoints, predict_seconds
+from utils.machine import Machine
 from utils.model_shape import ModelShape, read_shape
 
 RECIPE = """\
@@ -35,6 +36,9 @@ LLAMA = {
     "vocab_size": 1000,
     "dtype": "bfloat16",
 }
+
+
+MACHINE = Machine("cpu", 2, 2, 256, None, None, False)
 
 
 def write_run(outputs: Path, name: str, age: int, recipe: str = RECIPE, **facts: Any) -> Path:
@@ -60,19 +64,20 @@ def test_the_newest_run_of_the_same_work_gives_the_time(tmp_path: Path) -> None:
     write_run(outputs, "other model", 9, RECIPE.replace("some/model", "other/model"))
     write_run(outputs, "all weights", 8, RECIPE.replace("lora:\n  r: 16\n", ""))
     write_run(outputs, "other device", 7, device="cuda")
+    write_run(outputs, "other back end", 7, backend="mlx")
     write_run(outputs, "stopped", 6, status="stopped")
     write_run(outputs, "no speed", 5, tokens_per_second=None)
     write_run(outputs, "older recipe", 4, RECIPE + "unknown: 1\n")
     (write_run(outputs, "broken", 3) / "run.json").write_text("{", encoding="utf-8")
-    found = predict_seconds(read_recipe(tmp_path), 5000, "cpu", outputs)
+    found = predict_seconds(read_recipe(tmp_path), 5000, MACHINE, outputs)
     assert found is not None
     assert (found.seconds, found.run) == (25.0, good)
 
 
 def test_without_a_comparable_run_nothing_is_predicted(tmp_path: Path) -> None:
-    assert predict_seconds(read_recipe(tmp_path), 5000, "cpu", tmp_path / "absent") is None
+    assert predict_seconds(read_recipe(tmp_path), 5000, MACHINE, tmp_path / "absent") is None
     write_run(tmp_path / "outputs", "other", 1, device="mps")
-    assert predict_seconds(read_recipe(tmp_path), 5000, "cpu", tmp_path / "outputs") is None
+    assert predict_seconds(read_recipe(tmp_path), 5000, MACHINE, tmp_path / "outputs") is None
 
 
 def find_shape() -> ModelShape:

@@ -46,8 +46,11 @@ def test_another_config_or_machine_has_answers_of_its_own(tmp_path: Path) -> Non
         name_file(tmp_path, rope_theta=7),
         name_file(tmp_path, replace(MACHINE, dtype="bfloat16")),
         name_file(tmp_path, replace(MACHINE, device_name="another cpu")),
+        # On a CPU nothing else told MLX's answers from torch's.
+        name_file(tmp_path, replace(MACHINE, backend="mlx")),
+        name_file(tmp_path, replace(MACHINE, quantization="int4", backend="mlx")),
     }
-    assert len(found) == 4
+    assert len(found) == 6
 
 
 def test_progress_counts_single_answers_and_tokens_a_second(

@@ -15,6 +15,8 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from config.structured_config import LoraSection, Recipe
+from utils.adapter_formats import describe_as_peft
+from utils.adapter_reader import CONV1D_TYPES
 from utils.adapter_source import PREFIX, check_files, read_adapter_config
 from utils.backends.mlx_model import DTYPES, MlxModel, read_tensors
 from utils.exceptions import AdapterError, RecipeError
@@ -22,12 +24,12 @@ from utils.logging import get_logger
 from utils.mlx_names import to_mlx_module, to_transformers_module
 from utils.model_safety import strip_code_keys
 from utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config
+from utils.plain_adapters import AdapterSettings
 
 Linear = nn.Linear | nn.QuantizedLinear
 Adapter: TypeAlias = Any  # LoRALinear or DoRALinear; mlx-lm ships no types
 # Tensors of an adapter: ours, PEFT's, and whether PEFT's is turned round.
 PARTS = (("lora_a", "lora_A.weight", True), ("lora_b", "lora_B.weight", True), ("m", "lora_magnitude_vector", False))
-CONV1D = ("gpt2",)  # keep their matrices as inputs × outputs in transformers, which PEFT's config says
 
 
 def attach_lora(model: MlxModel, recipe: Recipe) -> MlxModel:
@@ -115,25 +117,12 @@ def save_weights(model: MlxModel, folder: Path) -> None:
 
 
 def describe_adapters(model: MlxModel, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    """adapter_config.json as PEFT reads it; alpha is the scale times the rank, which is what it stands for in both."""
+    """adapter_config.json as PEFT reads it."""
     first = next(iter(adapters.values()))
-    rank = first.lora_a.shape[1]
+    dropout = round(1 - first.dropout._p_1, 6)
+    settings = AdapterSettings(first.lora_a.shape[1], first.scale, dropout, isinstance(first, DoRALinear))
     names = [to_transformers_module(model.model_type, name) for name in adapters]
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.source.public_name,
-        "r": rank,
-        "lora_alpha": first.scale * rank,
-        "lora_dropout": round(1 - first.dropout._p_1, 6),
-        "target_modules": sorted(names),
-        "use_dora": isinstance(first, DoRALinear),
-        "use_rslora": False,
-        "fan_in_fan_out": model.model_type in CONV1D,
-        "bias": "none",
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
+    return describe_as_peft(settings, names, model.model_type, model.source.public_name)
 
 
 def load_adapter(model: MlxModel, folder: Path) -> MlxModel:
@@ -222,9 +211,11 @@ def save_network(model: MlxModel, folder: Path, dtype_name: str) -> None:
     dtype = DTYPES[dtype_name]
     tensors = {}
     for name, value in tree_flatten(model.network.parameters()):
-        is_matrix = model.model_type in CONV1D and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        is_matrix = model.model_type in CONV1D_TYPES and name.endswith(
+            ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+        )
         # GPT-2 is named as in its first files: transformers reads them with `transformer.` and without, mlx-lm only without.
-        key = name.removeprefix("model.") if model.model_type in CONV1D else name
+        key = name.removeprefix("model.") if model.model_type in CONV1D_TYPES else name
         tensors[key] = mx.contiguous((value.T if is_matrix else value).astype(dtype))
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
     config, _ = strip_code_keys(read_config(model.source.folder, str(model.source.folder)))

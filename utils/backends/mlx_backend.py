@@ -64,6 +64,7 @@ def describe_machine(model: MlxModel) -> MachineFacts:
         workers=1,
         reasons=model.reasons,
         quantization=model.quantization,
+        threads=model.threads,
     )
 
 

@@ -17,6 +17,7 @@ from mlx_lm.models import gemma, gemma2, gemma3_text
 from transformers import AutoConfig
 
 from config.structured_config import Recipe
+from utils.backends.mlx_start import settle_threads
 from utils.exceptions import ModelLoadingError
 from utils.logging import get_logger
 from utils.machine import TOKEN_BUDGETS, guess_device, measure_memory, measure_peak_resident
@@ -48,6 +49,7 @@ class MlxModel:
         dtype_name: number format of the frozen weights.
         quantization: how they are stored, as in the recipe; `int4` or `int8` also where the files were so already.
         reasons: what was chosen automatically, and why.
+        threads: that share a matrix product on a CPU, which decides how its sums are rounded.
     """
 
     network: nn.Module
@@ -56,6 +58,7 @@ class MlxModel:
     dtype_name: str
     quantization: str
     reasons: tuple[str, ...]
+    threads: int = 1
 
     @property
     def model_type(self) -> str:
@@ -118,6 +121,7 @@ def load_base(source: ModelSource, recipe: Recipe) -> MlxModel:
     mx.set_cache_limit(int(CACHE_SHARES[device] * measure_memory()[0]))
     dtype_name, reasons = choose_dtype(recipe.model.dtype, device)
     get_logger().info("Device: %s", ", ".join((f"{device} ({platform.machine()}) through MLX", *reasons)))
+    threads = settle_threads(1 if recipe.deterministic else None)
     network = read_network(source)
     network.set_dtype(DTYPES[dtype_name])
     quantization: str = recipe.model.quantization
@@ -128,7 +132,7 @@ def load_base(source: ModelSource, recipe: Recipe) -> MlxModel:
     network.freeze()
     network.eval()
     mx.eval(network.parameters())
-    return MlxModel(network, source, device, dtype_name, quantization, reasons)
+    return MlxModel(network, source, device, dtype_name, quantization, reasons, threads)
 
 
 def choose_dtype(asked: str, device: str) -> tuple[str, tuple[str, ...]]:

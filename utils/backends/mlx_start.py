@@ -17,6 +17,8 @@ import resource
 import sys
 from pathlib import Path
 
+from utils.machine import read_asked_threads
+
 
 def lend_blas() -> None:
     """Loads torch's library before MLX's, so that its BLAS takes the place of the slow one; without torch nothing changes."""
@@ -30,6 +32,20 @@ def lend_blas() -> None:
         import torch as torch  # its libraries find each other only in its own order
 
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def settle_threads(wanted: int | None) -> int:
+    """Threads that share a product of the lent BLAS: TUNEBOOK_THREADS, what is wanted, or torch's own choice.
+
+    Raises:
+        MachineError: TUNEBOOK_THREADS is no number of threads.
+    """
+    asked, torch = read_asked_threads() or wanted, sys.modules.get("torch")
+    if torch is None:
+        return 1
+    if asked:
+        torch.set_num_threads(asked)
+    return int(torch.get_num_threads())
 
 
 def keep_limits(which: int, limits: tuple[int, int]) -> None:

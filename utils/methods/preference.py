@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from config.structured_config import Recipe
-from utils.backends import Backend, PairScores
+from utils.backends import Backend, MachineFacts, PairScores
 from utils.batching import group_scored_rows, pad_rows
 from utils.cache_entries import open_or_build
-from utils.cache_keys import find_forward_versions, hash_code
+from utils.cache_keys import describe_forward, hash_code
 from utils.exceptions import TrainingError
 from utils.methods.pairs import choose_partners, mismatch_pair
 from utils.model_source import ModelSource
@@ -37,12 +37,6 @@ CODE = (
     "flat_batches.py",
     "methods/pairs.py",
     "methods/preference.py",
-    "backends/torch_attention.py",
-    "backends/torch_head.py",
-    "backends/torch_layout.py",
-    "backends/torch_lora.py",
-    "backends/torch_losses.py",
-    "backends/torch_preference.py",
 )
 
 
@@ -147,13 +141,13 @@ class ReferenceCache:
         source: the untouched model.
         recipe: says how it is loaded.
         data_key: name of the pairs in the token cache.
-        machine: device and number format, on which the rounding depends.
+        machine: on whose back end, device and number format the rounding depends.
     """
 
     source: ModelSource
     recipe: Recipe
     data_key: str
-    machine: tuple[str, str]
+    machine: MachineFacts
 
     def open(self, scorer: Scorer, pairs: Pairs, name: str) -> Scores:
         """Finds the scores of a set, or computes and keeps them; shape (pairs, 2).
@@ -180,9 +174,9 @@ class ReferenceCache:
             "model": self.recipe.model.model_dump(mode="json", exclude={"dtype"}),  # `machine` has what auto became
             "lora": self.recipe.lora.model_dump(mode="json") if self.recipe.lora else None,
             "data": [self.data_key, name, count, weights, self.recipe.seed],
-            "machine": self.machine,
+            "machine": [self.machine.device, self.machine.dtype],
             "code": hash_code(CODE),
-            "versions": find_forward_versions(self.recipe.model.quantization),
+            "forward": describe_forward(self.machine.backend, self.machine.quantization),
         }
         return "reference-" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
 
