@@ -16,6 +16,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+if __name__ == "__main__":
+    from utils.allocator import restart_with_settings
+
+    restart_with_settings()
+
 from config.recipe_io import locate_problems
 from utils import cli
 from utils.logging import show_controls

@@ -232,7 +232,12 @@ def test_what_runs_foreign_code_is_never_called() -> None:
         r"|yaml\.\w*UnsafeLoader|numpy\.load|np\.load|shutil\.unpack_archive|(\w+\.)*(push_to_hub|upload_\w+|create_repo)"
         r"|(jinja2\.)?(Environment|Template|NativeEnvironment|SandboxedEnvironment))$"
     )
-    wrong = [f"{show(path, call)} {name}" for path, call, name in iterate_calls() if forbidden.match(name)]
+    restarts = (ROOT / "utils" / "allocator.py", "os.execve")  # the running script itself, with the same arguments
+    wrong = [
+        f"{show(path, call)} {name}"
+        for path, call, name in iterate_calls()
+        if forbidden.match(name) and (path, name) != restarts
+    ]
     wrong += [
         f"{show(path, call)} shell"
         for path, call, _ in iterate_calls()

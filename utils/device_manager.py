@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import resource
@@ -16,6 +15,7 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
+from utils.allocator import keep_freed_pages
 from utils.exceptions import MachineError
 from utils.machine import count_usable_bytes, count_workers, measure_peak_resident, read_asked_threads
 
@@ -77,7 +77,7 @@ class DeviceManager:
             workers = count_workers()
             reasons.append(f"{workers} worker(s): one single-threaded micro-batch for each CPU core")
             reasons.append(self.choose_threads(workers))
-            self.keep_freed_pages()
+            keep_freed_pages()
             self.limit_memory()
         memory = self.measure_memory(device)
         name, threads = self.name_device(device), torch.get_num_threads()
@@ -173,20 +173,6 @@ class DeviceManager:
         most = count_usable_bytes()
         if soft == resource.RLIM_INFINITY or soft > most:
             resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
-
-    @staticmethod
-    def keep_freed_pages() -> None:
-        """Tells glibc to keep big buffers instead of returning them: page faults were a quarter of the training time.
-
-        All threads share one heap: with one for each worker, what one had freed was lost to the others, a fifth of a gigabyte.
-        """
-        if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
-            return
-        m_trim_threshold, m_mmap_threshold, m_arena_max, never = -1, -3, -8, 2**30
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, never)
-        libc.mallopt(m_trim_threshold, never)
-        libc.mallopt(m_arena_max, 1)
 
 
 def measure_seconds(work: Callable[[], object]) -> float:
