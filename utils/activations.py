@@ -79,13 +79,24 @@ def count_mlp_tensors(recipe: Recipe, shape: ModelShape) -> int:
 
 
 def count_norms(recipe: Recipe, shape: ModelShape, size: int) -> int:
-    """Inputs of a layer's norms, for one token; RMS norms compute in float32, and keep their result when they are trained."""
+    """Inputs of a layer's norms, for one token; RMS norms compute in float32, and keep their result when they are trained.
+
+    Those that are formed again (backends/torch_norms.py) keep their input as it is, and a scale.
+    """
     width = shape.anatomy.norms * shape.hidden
     if shape.anatomy.head_norms:
         width += shape.query_width + shape.key_width
     if shape.anatomy.norm == "layer":
         return size * width
+    if has_frozen_norms(recipe, shape):
+        return size * width + MASTER * shape.anatomy.norms
     return MASTER * width * (2 if recipe.lora is None else 1)
+
+
+def has_frozen_norms(recipe: Recipe, shape: ModelShape) -> bool:
+    """True where RMS norms are one operation, whose result the modules of `is_fused` form again."""
+    is_plain = recipe.lora is not None and recipe.training.gradient_checkpointing is not True
+    return is_plain and shape.anatomy.norm == "rms"
 
 
 def keeps_matrices(shape: ModelShape, device: str) -> bool:
@@ -136,19 +147,20 @@ def is_fused(recipe: Recipe) -> bool:
 
 
 def shape_inputs(recipe: Recipe, shape: ModelShape, linears: list[Linear] | tuple[Linear, ...]) -> list[int]:
-    """Widths of the different tensors that a layer's linear modules read: modules side by side share theirs."""
+    """Widths of the different tensors that a layer's linear modules read and keep: modules side by side share theirs."""
     *inputs, output = shape.anatomy.attention
     *rising, falling = shape.anatomy.mlp
     names = {linear.name for linear in linears}
     is_parallel = shape.anatomy.norms == 1  # attention and MLP read the same norm
-    is_fused = len(inputs) == 1
+    has_one_input = len(inputs) == 1
     widths = []
-    if names & set(inputs) or (is_parallel and names & set(rising)):
-        widths.append(shape.hidden)
-    if names & set(rising) and not is_parallel:
-        widths.append(shape.hidden)
+    if not (is_fused(recipe) and has_frozen_norms(recipe, shape)):
+        if names & set(inputs) or (is_parallel and names & set(rising)):
+            widths.append(shape.hidden)
+        if names & set(rising) and not is_parallel:
+            widths.append(shape.hidden)
     # The result of the attention is kept already, except where its layout differs from what the projection reads.
-    if output in names and (is_parallel or is_fused):
+    if output in names and (is_parallel or has_one_input):
         widths.append(shape.query_width)
     if falling in names and not keeps_less(recipe, shape):
         widths.append(shape.intermediate)

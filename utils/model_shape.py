@@ -42,7 +42,7 @@ class Anatomy:
         attention: names of the projections: query, key, value and output, or the fused one and output.
         mlp: names of the matrices: gate, up and down, or the fused one and down, or the two of a plain MLP.
         gated: the MLP multiplies an activated gate with a second projection.
-        norm: `rms` has a scale, `layer` a scale and a shift.
+        norm: `rms` has a scale, `gemma` too, counted from one; `layer` has a scale and a shift.
         norms: norms in a layer, as wide as the layer.
         head_norms: queries and keys are normalised head by head.
         biased: names of linear modules that always have a bias.
@@ -56,7 +56,7 @@ class Anatomy:
     attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     gated: bool = True
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "gemma", "layer"] = "rms"
     norms: int = 2
     head_norms: bool = False
     biased: tuple[str, ...] = ()
@@ -72,9 +72,9 @@ ANATOMIES: dict[str, Anatomy] = {
     "mistral": Anatomy(),
     "qwen2": Anatomy(biased=("q_proj", "k_proj", "v_proj")),
     "qwen3": Anatomy(head_norms=True, optional=("attention_bias",)),
-    "gemma": Anatomy(tied=True, optional=("attention_bias",)),
-    "gemma2": Anatomy(tied=True, norms=4, plain_attention=True, optional=("attention_bias",)),
-    "gemma3_text": Anatomy(tied=True, norms=4, head_norms=True, optional=("attention_bias",)),
+    "gemma": Anatomy(norm="gemma", tied=True, optional=("attention_bias",)),
+    "gemma2": Anatomy(norm="gemma", tied=True, norms=4, plain_attention=True, optional=("attention_bias",)),
+    "gemma3_text": Anatomy(norm="gemma", tied=True, norms=4, head_norms=True, optional=("attention_bias",)),
     "phi3": Anatomy(("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")),
     "phi": Anatomy(
         ("q_proj", "k_proj", "v_proj", "dense"),
@@ -259,7 +259,7 @@ def asks_for(key: str, anatomy: Anatomy, config: dict[str, Any]) -> bool:
 def count_parameters(shape: ModelShape, config: dict[str, Any]) -> int:
     """All parameters, tied matrices once."""
     anatomy = shape.anatomy
-    per_value = 1 if anatomy.norm == "rms" else 2
+    per_value = 2 if anatomy.norm == "layer" else 1
     head_size = shape.query_width // shape.heads
     layer = sum(linear.parameters for linear in shape.linears) + anatomy.norms * per_value * shape.hidden
     layer += 2 * per_value * head_size if anatomy.head_norms or asks_for("qk_layernorm", anatomy, config) else 0

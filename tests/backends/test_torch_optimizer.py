@@ -148,8 +148,8 @@ def test_every_optimizer_learns(tiny_llama: Path, optimizer: str) -> None:
     model = torch_backend.attach_lora(torch_backend.load_model(open_source(tiny_llama), recipe), recipe)
     step = torch_backend.make_step(model, recipe)
     batch = pad_rows(make_examples([(20, 19)]), PAD)
-    losses = [step.step([batch], 2e-2).loss for _ in range(30)]
-    assert losses[-1] < losses[0] - 0.3
+    losses = [step.step([batch], 5e-3).loss for _ in range(30)]
+    assert losses[-1] < losses[0] - 0.5
 
 
 def test_lora_plus_groups_are_those_of_peft(tiny_llama: Path) -> None:

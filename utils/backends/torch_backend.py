@@ -32,6 +32,7 @@ from utils.backends.torch_generation import stream as stream
 from utils.backends.torch_layout import choose_layout
 from utils.backends.torch_losses import compute_token_losses
 from utils.backends.torch_model import TorchModel, run_side_by_side
+from utils.backends.torch_norms import form_norms_again
 from utils.backends.torch_preference import compare_pairs as compare_pairs
 from utils.backends.torch_preference import score_pairs as score_pairs
 from utils.backends.torch_quantization import dequantize as dequantize
@@ -82,6 +83,7 @@ def load_model(source: ModelSource, recipe: Recipe) -> TorchModel:
         parameter.requires_grad_(False)
     if recipe.training.gradient_checkpointing is not True:  # which forms all of a layer anew
         keep_less(network)
+        form_norms_again(network)
     is_reward = recipe.reward is not None
     model = TorchModel(network, plan, accelerator, source.public_name, recipe.model.quantization, added_ids, is_reward)
     return choose_layout(model, recipe)

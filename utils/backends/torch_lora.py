@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from utils.backends.torch_norms import Normed, find_normed
+
 
 class FusedLinear(Linear):  # type: ignore[misc]  # peft types it as Any
     """peft's module with a forward pass of ours wherever the adapter is a plain one."""
@@ -30,7 +32,8 @@ class FusedLinear(Linear):  # type: ignore[misc]  # peft types it as Any
             return super().forward(x)
         base = self.get_base_layer()
         weight = base.weight.t() if self.is_target_conv_1d_layer else base.weight
-        product: torch.Tensor = LoraProduct.apply(x, weight, base.bias, down.weight, up.weight, self.scaling[name])
+        scaling, normed = self.scaling[name], find_normed(x)
+        product: torch.Tensor = LoraProduct.apply(x, weight, base.bias, down.weight, up.weight, scaling, normed)
         return product
 
 
@@ -57,20 +60,28 @@ class LoraProduct(torch.autograd.Function):  # type: ignore[misc]  # torch types
         down: torch.Tensor,
         up: torch.Tensor,
         scaling: float,
+        normed: Normed | None,
     ) -> torch.Tensor:
-        """Shape (…, inputs) → (…, outputs); weight (outputs, inputs), down (r, inputs), up (outputs, r)."""
+        """Shape (…, inputs) → (…, outputs); weight (outputs, inputs), down (r, inputs), up (outputs, r).
+
+        With `normed`, what x comes from is kept and not x.
+        """
         rows = x.reshape(-1, x.shape[-1])
         result = functional.linear(rows, weight, bias)
         inner = rows @ down.to(rows.dtype).t()
         result.addmm_(inner, up.to(rows.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(rows, inner, weight, down, up)
-        ctx.scaling, ctx.shape = scaling, x.shape
+        if normed is not None:
+            normed.memo.readers += 1
+        kept = (rows,) if normed is None else (normed.x, normed.scale, normed.weight)
+        ctx.save_for_backward(inner, weight, down, up, *kept)
+        ctx.scaling, ctx.shape, ctx.memo = scaling, x.shape, normed and normed.memo
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x, A and B."""
-        rows, inner, weight, down, up = ctx.saved_tensors
+        inner, weight, down, up, *kept = ctx.saved_tensors
+        rows = (ctx.memo.form(*kept) if ctx.memo else kept[0]).reshape(len(inner), -1)
         outer = gradient.reshape(-1, gradient.shape[-1])
         d_inner = (outer @ up.to(outer.dtype)).mul_(ctx.scaling)
         d_x = None
@@ -78,4 +89,4 @@ class LoraProduct(torch.autograd.Function):  # type: ignore[misc]  # torch types
             d_x = (outer @ weight).addmm_(d_inner, down.to(outer.dtype)).view(ctx.shape)
         d_down = (d_inner.t() @ rows).to(down.dtype)
         d_up = (outer.t() @ inner).mul_(ctx.scaling).to(up.dtype)
-        return d_x, None, None, d_down, d_up, None
+        return d_x, None, None, d_down, d_up, None, None
