@@ -131,6 +131,16 @@ def test_a_backward_pass_forms_each_result_once_and_forgets_it() -> None:
     assert [(memo.left, memo.rows) for memo in memos] == [(0, None)] * 4
 
 
+def test_a_result_that_is_changed_in_place_is_kept_as_it_is() -> None:
+    gradients = []
+    for network in build("llama", "all-linear", fused=True, dtype=torch.float32):
+        for layer in network.base_model.model.model.layers:
+            layer.input_layernorm.register_forward_hook(lambda _, __, output: output.mul_(2))
+        gradients.append(differentiate(network)[1])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_a_graph_can_be_gone_through_twice() -> None:
     _, network = build("llama", "all-linear", fused=True, dtype=torch.float32)
     loss = network(input_ids=IDS).logits.square().sum()

@@ -51,18 +51,20 @@ class Normed:
         x: what the norm read.
         scale: one over the root mean square of each row, float32.
         weight: of the norm.
+        version: of the result, which torch counts up whenever it is changed in place.
     """
 
     x: torch.Tensor
     scale: torch.Tensor
     weight: torch.Tensor
+    version: int
     memo: Memo = field(default_factory=Memo)
 
 
 def find_normed(tensor: torch.Tensor) -> Normed | None:
-    """Where a tensor comes from, if it is the result of such a norm."""
+    """Where a tensor comes from, if it is the result of such a norm and nobody has changed it since."""
     found: Normed | None = getattr(tensor, "normed", None)
-    return found
+    return found if found is not None and found.version == tensor._version else None
 
 
 def form_norms_again(network: nn.Module) -> None:
@@ -95,7 +97,7 @@ def forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         return plain
     scale = compute_scale(hidden_states.detach(), module.variance_epsilon)
     result: Any = FrozenNorm.apply(hidden_states, scale, weight)
-    result.normed = Normed(hidden_states.detach(), scale, weight)
+    result.normed = Normed(hidden_states.detach(), scale, weight, result._version)
     return result
 
 
