@@ -15,12 +15,18 @@ SETTINGS = "glibc.malloc.tcache_count=0"
 def restart_with_settings() -> None:
     """Starts the running script anew, once, in the same process, with the settings that must be there before it begins.
 
-    What the user sets wins, and a debugger keeps its program. The programs that the script starts do not inherit the settings.
+    What the user sets wins, and a debugger or another program that runs the script within itself is left alone. The programs
+    that the script starts do not inherit the settings.
     """
     if os.environ.get(TUNABLES) == SETTINGS:
         del os.environ[TUNABLES]  # glibc has read it
         return
-    if TUNABLES in os.environ or sys.gettrace() is not None or not sys.executable or not runs_on_glibc():
+    is_program = (
+        sys.orig_argv[-len(sys.argv) :] == sys.argv
+    )  # what Python was started for, and not run by another program
+    if TUNABLES in os.environ or sys.gettrace() is not None or not is_program or not sys.executable:
+        return
+    if not runs_on_glibc():
         return
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, TUNABLES: SETTINGS})  # noqa: S606
 

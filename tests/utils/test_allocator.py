@@ -44,6 +44,16 @@ def test_a_script_begins_anew_once_in_the_same_process_with_its_arguments_and_op
     assert lines == ["begun", "begun", f"{pid} ['--two words', ''] True {SETTINGS} None"]
 
 
+def test_a_program_that_runs_the_script_within_itself_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT.format(before=""), encoding="utf-8")
+    driver = f"import runpy, sys\nfor sys.argv in 2 * [[{str(path)!r}, 'a']]: runpy.run_path({str(path)!r}, run_name='__main__')"
+    environment = {name: value for name, value in os.environ.items() if name != TUNABLES}
+    command = [sys.executable, "-B", "-c", driver]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert [line.split(" ", 1)[1] for line in done.stdout.splitlines()[1::2]] == 2 * ["['a'] True None None"]
+
+
 def test_settings_of_the_user_win(tmp_path: Path) -> None:
     pid, lines = run(tmp_path, **{TUNABLES: "glibc.malloc.mxfast=0"})
     assert lines == ["begun", f"{pid} ['--two words', ''] True glibc.malloc.mxfast=0 glibc.malloc.mxfast=0"]
