@@ -21,9 +21,7 @@ def restart_with_settings() -> None:
     if os.environ.get(TUNABLES) == SETTINGS:
         del os.environ[TUNABLES]  # glibc has read it
         return
-    is_program = (
-        sys.orig_argv[-len(sys.argv) :] == sys.argv
-    )  # what Python was started for, and not run by another program
+    is_program = sys.orig_argv[-len(sys.argv) :] == sys.argv  # Python was started for it
     if TUNABLES in os.environ or sys.gettrace() is not None or not is_program or not sys.executable:
         return
     if not runs_on_glibc():
