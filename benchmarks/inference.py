@@ -203,7 +203,7 @@ def find_speed(one: Measurement) -> float:
 def describe_machine() -> str:
     """Processor, cores and versions."""
     from benchmarks.rows import describe_machine as describe
-    from utils.machine import count_cores
+    from utils.threads import count_cores
 
     return f"{count_cores()} cores, {describe('torch', 'transformers')}"
 

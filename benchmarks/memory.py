@@ -38,10 +38,11 @@ from benchmarks.memory_cases import (  # noqa: E402
 )
 from config.recipe_io import load_recipe  # noqa: E402
 from config.structured_config import ModelSection  # noqa: E402
-from utils.machine import count_cores, measure_memory  # noqa: E402
+from utils.machine import measure_memory  # noqa: E402
 from utils.memory import show_bytes  # noqa: E402
 from utils.model_shape import read_shape  # noqa: E402
 from utils.model_source import DEFAULT_MODEL, find_model  # noqa: E402
+from utils.threads import count_cores  # noqa: E402
 
 RESULT = ROOT / "docs" / "results" / "memory.md"
 STEPS = 3

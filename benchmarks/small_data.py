@@ -34,11 +34,11 @@ from scripts.train import main as train  # noqa: E402
 from utils.backends import load_backend  # noqa: E402
 from utils.evaluation import load_trained_model, measure  # noqa: E402
 from utils.logging import set_up_logging  # noqa: E402
-from utils.machine import count_cores  # noqa: E402
 from utils.metrics import score_answers  # noqa: E402
 from utils.model_source import find_model  # noqa: E402
 from utils.preflight import check_recipe  # noqa: E402
 from utils.run_folder import RunFolder  # noqa: E402
+from utils.threads import count_cores  # noqa: E402
 
 RESULT = ROOT / "docs" / "results" / "small_data.md"
 PICTURE = RESULT.with_suffix(".png")

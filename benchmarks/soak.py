@@ -38,8 +38,8 @@ from benchmarks.tiny_runs import (  # noqa: E402
     write_tiny_recipe,
 )
 from utils.logging import get_logger, set_up_logging  # noqa: E402
-from utils.machine import count_cores  # noqa: E402
 from utils.progress import Progress  # noqa: E402
+from utils.threads import count_cores  # noqa: E402
 
 PAGE = ROOT / "docs" / "results" / "soak.md"
 STEPS: dict[str, Any] = {"training.max_steps": 16, "training.save_every": 3, "training.eval_every": 4}

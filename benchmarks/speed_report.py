@@ -11,7 +11,8 @@ from benchmarks.rows import describe_machine
 from benchmarks.speed_results import FIRST_LOSS, MEAN_LOSS, Summary, WorkResult, summarise
 from benchmarks.speed_sides import NOT_MEANT, OUR_SIDES, OURS, SIDES
 from benchmarks.speed_work import WORKS
-from utils.machine import count_cores, measure_memory
+from utils.machine import measure_memory
+from utils.threads import count_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "docs" / "results" / "speed.md"

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.speed_process import Attempt, Execution, execute, find_last_words, watch_lines
 from benchmarks.speed_work import PreparedWork
+from utils.allocator import SETTINGS, TUNABLES
 from utils.machine import inspect_machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,11 +249,12 @@ def run_peer(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measuremen
     job, target = prepared.write_job(folder, setting=side.setting, steps=steps), folder / "result.json"
     python = ENVIRONMENTS / str(side.environment) / "bin" / "python"
     command = [str(python), str(PEERS / str(side.script)), str(job), str(target)]
+    variables = {TUNABLES: SETTINGS} if side.setting == "tuned" else {}
     if side.prepares and number == 0:
         done = execute([*command, "--prepare"], {}, attempt, lambda: None)
         if done.error:
             return make_failure(side, prepared, number, done)
-    done = execute(command, {}, attempt, lambda: None)
+    done = execute(command, variables, attempt, lambda: None)
     if done.error:
         return make_failure(side, prepared, number, done)
     return make_measurement(side, prepared, number, done, json.loads(target.read_text(encoding="utf-8")))

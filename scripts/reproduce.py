@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loaded, facts = folder.load_recipe(trusts_code=options.trusts_code), folder.read_facts()
 
     from utils.backends import choose_backend, load_backend
-    from utils.machine import keep_threads
     from utils.preflight import check_recipe
     from utils.replay import check_inputs, find_changes, format_steps, judge_replay, read_first_steps, replay_steps
     from utils.seed_manager import SeedManager
+    from utils.threads import keep_threads
     from utils.training_run import PreparedRun, choose_micro_batch_size
 
     recorded = read_first_steps(folder, options.steps)

@@ -61,10 +61,10 @@ def train(loaded: LoadedRecipe, target: Path | None, resumption: Resumption | No
     """Trains a recipe into a new folder, or the rest of a run; returns the exit code."""
     # Imported behind the recipe check, so that a typo is answered before numpy and tokenizers are loaded.
     from utils.backends import choose_backend, load_backend
-    from utils.machine import keep_threads
     from utils.preflight import check_recipe
     from utils.preview import print_first_example, print_warnings
     from utils.seed_manager import SeedManager
+    from utils.threads import keep_threads
     from utils.tracking import check_tracking
     from utils.training_run import PreparedRun, choose_micro_batch_size, run_training
 

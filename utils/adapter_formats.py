@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from utils.adapter_reader import CONV1D_TYPES
+from utils.adapter_settings import AdapterSettings
 from utils.adapter_source import PREFIX
 from utils.cache_entries import open_or_build
 from utils.cache_keys import hash_code, hash_facts
@@ -27,7 +28,6 @@ from utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelSource, has
 from utils.plain_adapters import (
     MLX_PARTS,
     MLX_WEIGHTS,
-    AdapterSettings,
     Factors,
     PlainAdapter,
     count_layers,
@@ -39,7 +39,7 @@ from utils.tensor_files import ITEM_BYTES, StoredTensor, format_header
 
 CHAT_TEMPLATE = "chat_template.jinja"  # what the adapter was trained with lies beside it, in either format
 PEFT_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-CODE = ("adapter_formats.py", "plain_adapters.py", "mlx_names.py")
+CODE = ("adapter_formats.py", "plain_adapters.py", "adapter_settings.py", "mlx_names.py")
 
 
 def is_mlx_adapter(folder: Path) -> bool:

@@ -37,16 +37,8 @@ from utils.tensor_files import FLOATS, Shape, StoredTensor, read_tensor_file
 # Keys of adapter_config.json that are read here, or that say nothing about the sum. Any other key with a value is a feature of
 # peft that this module does not know.
 KNOWN_KEYS = {
-    *(
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "fan_in_fan_out",
-        "init_lora_weights",
-    ),
+    *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
+    *("fan_in_fan_out", "init_lora_weights"),
     *("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "trainable_token_indices"),
     *("ensure_weight_tying", "modules_to_tie", "lora_dropout", "bias", "peft_type", "peft_version", "task_type"),
     *("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "runtime_config", "loftq_config"),

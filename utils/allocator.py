@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from contextlib import suppress
 
 TUNABLES = "GLIBC_TUNABLES"
 # Read once, before a program begins. torch asks for aligned memory, of which glibc puts the cuttings aside in each thread's
@@ -26,7 +27,9 @@ def restart_with_settings() -> None:
         return
     if not runs_on_glibc():
         return
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, TUNABLES: SETTINGS})  # noqa: S606
+    command = [sys.executable, *sys.orig_argv[1:]]
+    with suppress(OSError):  # the settings save memory; without them the script does the same
+        os.execve(sys.executable, command, {**os.environ, TUNABLES: SETTINGS})  # noqa: S606
 
 
 def keep_freed_pages() -> None:

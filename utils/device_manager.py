@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from utils.allocator import keep_freed_pages
 from utils.exceptions import MachineError
-from utils.machine import count_usable_bytes, count_workers, measure_peak_resident, read_asked_threads
+from utils.machine import count_usable_bytes, measure_peak_resident
+from utils.threads import count_workers, read_asked_threads
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from utils.cli import STARTED
 from utils.logging import get_logger
-from utils.machine import count_cores
 from utils.prepared_data import hash_contents
 from utils.run_folder import collect_versions, find_git_state
 from utils.run_identity import RECIPE_FACTS, identify_inputs, identify_recipe
+from utils.threads import count_cores
 from utils.training_state import TrainingState
 
 if TYPE_CHECKING:

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from tests.backends.twins import SIZES, adapt, differentiate
 from utils.backends.torch_gated import FORMS, is_gated, keep_less
-from utils.backends.torch_lora import FUSED_MODULES
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "with a bias": LlamaConfig(**SIZES, mlp_bias=True),
@@ -33,10 +22,9 @@ CONFIGS = {
     "phi3": Phi3Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=8),
 }
-IDS = torch.arange(1, 25).view(2, 12) % 64
 
 
-def build(name: str, *, adapted: str) -> tuple[nn.Module, nn.Module]:
+def build(name: str, *, adapted: str) -> tuple[nn.Module, ...]:
     """The same small network twice: as transformers has it, and with MLPs that keep less."""
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(CONFIGS[name])
@@ -45,20 +33,7 @@ def build(name: str, *, adapted: str) -> tuple[nn.Module, nn.Module]:
     assert less.model.layers[1].mlp.forward.__func__ is not type(less.model.layers[1].mlp).forward
     if adapted == "all weights":
         return plain, less
-    networks = []
-    for network in (plain, less):
-        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-        if adapted == "fused":
-            config._register_custom_module(FUSED_MODULES)
-        torch.manual_seed(1)
-        networks.append(get_peft_model(network, config))
-    return networks[0], networks[1]
-
-
-def differentiate(network: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    logits = network(input_ids=IDS).logits
-    logits.log_softmax(-1)[..., 3].sum().backward()
-    return logits, {name: tensor.grad for name, tensor in network.named_parameters() if tensor.requires_grad}
+    return adapt((plain, less), "all-linear", fused=adapted == "fused")
 
 
 @pytest.mark.parametrize("adapted", ["all weights", "peft", "fused"])

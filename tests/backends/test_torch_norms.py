@@ -7,27 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Config, Qwen3Config
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from utils.backends.torch_lora import FUSED_MODULES
+from tests.backends.twins import IDS, SIZES, adapt, differentiate
 from utils.backends.torch_norms import find_normed, form_norms_again, is_rms_norm
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
 CONFIGS = {"llama": LlamaConfig(**SIZES), "phi3": Phi3Config(**SIZES), "qwen3": Qwen3Config(**SIZES, head_dim=8)}
-IDS = torch.arange(1, 25).view(2, 12) % 64
 
 
 def draw_norms(network: nn.Module) -> None:
@@ -37,7 +26,7 @@ def draw_norms(network: nn.Module) -> None:
             module.weight.data.uniform_(0.5, 2.0)
 
 
-def build(name: str, targets: str | list[str], *, fused: bool, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+def build(name: str, targets: str | list[str], *, fused: bool, dtype: torch.dtype) -> tuple[nn.Module, ...]:
     """The same small adapted network twice: with transformers' norms and with ours."""
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype)
@@ -45,20 +34,7 @@ def build(name: str, targets: str | list[str], *, fused: bool, dtype: torch.dtyp
     again = copy.deepcopy(plain)
     form_norms_again(again)
     assert again.model.norm.forward.__func__ is not type(again.model.norm).forward
-    networks = []
-    for network in (plain, again):
-        config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
-        if fused:
-            config._register_custom_module(FUSED_MODULES)
-        torch.manual_seed(1)
-        networks.append(get_peft_model(network, config))
-    return networks[0], networks[1]
-
-
-def differentiate(network: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    logits = network(input_ids=IDS).logits
-    logits.float().log_softmax(-1)[..., 3].sum().backward()
-    return logits, {name: tensor.grad for name, tensor in network.named_parameters() if tensor.requires_grad}
+    return adapt((plain, again), targets, fused=fused)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -23,6 +23,14 @@ restart_with_settings()
 begun_with = dict(entry.split("=", 1) for entry in Path("/proc/self/environ").read_text().split("\\0") if "=" in entry)
 print(os.getpid(), sys.argv[1:], sys.dont_write_bytecode, begun_with.get("{TUNABLES}"), os.environ.get("{TUNABLES}"))
 """
+# Every Python process imports it first.
+SHIM = f"""\
+import os
+with open(os.environ["STARTS"], "a") as file:
+    file.write(os.environ.get("{TUNABLES}", "nothing") + "\\n")
+"""
+SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
+TRAINING = ("train.py", "reproduce.py")
 pytestmark = pytest.mark.skipif(not runs_on_glibc(), reason="another C library")
 
 
@@ -62,3 +70,20 @@ def test_settings_of_the_user_win(tmp_path: Path) -> None:
 def test_a_debugger_keeps_its_program(tmp_path: Path) -> None:
     pid, lines = run(tmp_path, before="sys.settrace(lambda *_: None)")
     assert lines == ["begun", f"{pid} ['--two words', ''] True None None"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_scripts_that_train_begin_anew_and_no_other(tmp_path: Path, name: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SHIM, encoding="utf-8")
+    kept = {variable: value for variable, value in os.environ.items() if variable != TUNABLES}
+    environment = {**kept, "PYTHONPATH": str(tmp_path), "STARTS": str(tmp_path / "starts.txt")}
+    command = [sys.executable, str(ROOT / "scripts" / name), "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert "--help" in done.stdout
+    starts = (tmp_path / "starts.txt").read_text(encoding="utf-8").splitlines()
+    assert starts == (["nothing", SETTINGS] if name in TRAINING else ["nothing"])
+
+
+def test_a_system_that_lets_no_program_begin_anew_runs_the_script(tmp_path: Path) -> None:
+    _, lines = run(tmp_path, before="sys.executable = '/nowhere/python'")
+    assert [line.endswith("True None None") for line in lines] == [False, True]

@@ -16,10 +16,10 @@ from utils.machine import (
     guess_device,
     inspect_machine,
     iterate_cgroup_limits,
-    keep_threads,
     measure_memory,
     read_mebibytes,
 )
+from utils.threads import keep_threads
 
 ROOT = Path(__file__).resolve().parents[2]
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

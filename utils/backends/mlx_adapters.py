@@ -17,6 +17,7 @@ from mlx_lm.tuner.lora import LoRALinear
 from config.structured_config import LoraSection, Recipe
 from utils.adapter_formats import describe_as_peft
 from utils.adapter_reader import CONV1D_TYPES
+from utils.adapter_settings import AdapterSettings
 from utils.adapter_source import PREFIX, check_files, read_adapter_config
 from utils.backends.mlx_model import DTYPES, MlxModel, read_tensors
 from utils.exceptions import AdapterError, RecipeError
@@ -24,7 +25,6 @@ from utils.logging import get_logger
 from utils.mlx_names import to_mlx_module, to_transformers_module
 from utils.model_safety import strip_code_keys
 from utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config
-from utils.plain_adapters import AdapterSettings
 
 Linear = nn.Linear | nn.QuantizedLinear
 Adapter: TypeAlias = Any  # LoRALinear or DoRALinear; mlx-lm ships no types

@@ -36,9 +36,10 @@ from utils.backends.mlx_step import as_array
 from utils.backends.mlx_step import make_step as make_step
 from utils.batching import Batch
 from utils.exceptions import RunError
-from utils.machine import count_cores, measure_memory
+from utils.machine import measure_memory
 from utils.methods.rewards import average_rewards
 from utils.model_source import ModelSource
+from utils.threads import count_cores
 
 
 def load_model(source: ModelSource, recipe: Recipe) -> MlxModel:

@@ -17,7 +17,7 @@ import resource
 import sys
 from pathlib import Path
 
-from utils.machine import read_asked_threads
+from utils.threads import read_asked_threads
 
 
 def lend_blas() -> None:

@@ -47,10 +47,11 @@ from utils.device_manager import DeviceManager, MachinePlan
 from utils.device_manager import measure_peak_memory as measure_process_peak
 from utils.exceptions import MachineError, ModelLoadingError
 from utils.logging import get_logger
-from utils.machine import TOKEN_BUDGETS, keep_threads
+from utils.machine import TOKEN_BUDGETS
 from utils.model_safety import strip_code_keys
 from utils.model_shape import refuse_oversized
 from utils.model_source import ModelSource, read_config
+from utils.threads import keep_threads
 
 # What transformers raises on files that make no model; some of it are faults of a stranger's config, met deep in its code.
 LOADING_ERRORS = (

@@ -74,14 +74,14 @@ class LoraProduct(torch.autograd.Function):  # type: ignore[misc]  # torch types
             normed.memo.readers += 1
         kept = (rows,) if normed is None else (normed.x, normed.scale, normed.weight)
         ctx.save_for_backward(inner, weight, down, up, *kept)
-        ctx.scaling, ctx.shape, ctx.memo = scaling, x.shape, normed and normed.memo
+        ctx.scaling, ctx.shape, ctx.memo = scaling, x.shape, None if normed is None else normed.memo
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x, A and B."""
         inner, weight, down, up, *kept = ctx.saved_tensors
-        rows = (ctx.memo.form(*kept) if ctx.memo else kept[0]).reshape(len(inner), -1)
+        rows = (kept[0] if ctx.memo is None else ctx.memo.form(*kept)).reshape(len(inner), -1)
         outer = gradient.reshape(-1, gradient.shape[-1])
         d_inner = (outer @ up.to(outer.dtype)).mul_(ctx.scaling)
         d_x = None
