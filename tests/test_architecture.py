@@ -448,6 +448,7 @@ BESIDE_THE_TOKENS = {
     "utils.adapter_changes",
     "utils.adapter_formats",
     "utils.adapter_reader",
+    "utils.adapter_settings",
     "utils.adapter_source",
     "utils.backends.embedded_model",
     "utils.batching",
