@@ -406,8 +406,8 @@ class EvaluationSection(Section):
     answer is scored higher."""
     max_examples: Annotated[int, Field(ge=1)] | None = None
     """Held-out rows to use, the first ones; null uses all."""
-    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
-    """Prompts that are answered, or examples that are scored, at once."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 64
+    """Prompts that are answered, or examples that are scored, at once; fewer where their memory is short."""
     samples: Annotated[int, Field(ge=0, le=100)] = 5
     """Answers shown side by side in the report."""
 

@@ -12,9 +12,9 @@ from utils.piece_encoder import EncodedExample
 
 Ids = npt.NDArray[np.int64]
 
-# Times the token budget of a training pass that a pass without gradients may have, which keeps no layer's activations. More
-# would be no faster, and what a single layer computes would be the largest thing in memory.
-SCORED_BUDGETS = 4
+# Tokens that a pass without gradients may have where a training pass has fewer: it keeps no layer's activations. More would be
+# no faster on a CPU, and what a single layer computes would be the largest thing in memory.
+SCORED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -168,13 +168,13 @@ def group_scored_rows(lengths: Sequence[int] | Ids, size: int, token_budget: int
     Args:
         lengths: tokens of each row.
         size: most rows of a pass.
-        token_budget: of a training pass on this machine; a pass has fewer rows where they would come to more than
-            `SCORED_BUDGETS` times as many tokens, padding counted.
+        token_budget: of a training pass on this machine; a pass has fewer rows where they would come to more tokens, padding
+            counted, than the larger of it and `SCORED_TOKENS`.
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    order, most = np.argsort(-np.asarray(lengths), kind="stable").tolist(), max(token_budget, SCORED_TOKENS)
     groups = []
     while order:
-        count = max(1, min(size, SCORED_BUDGETS * token_budget // max(1, int(lengths[order[0]]))))
+        count = max(1, min(size, most // max(1, int(lengths[order[0]]))))
         groups.append(order[:count])
         order = order[count:]
     return groups

@@ -138,7 +138,7 @@ def query_gpu(name: str) -> str | None:
     return lines[row].strip() or None if lines else None
 
 
-def measure_device_memory(device: DeviceName) -> tuple[int | None, int | None]:
+def measure_device_memory(device: str) -> tuple[int | None, int | None]:
     """Bytes of the device in all and free now; None where the system does not say."""
     if device == "cuda":
         total, free = (read_mebibytes(query_gpu(name)) for name in ("memory.total", "memory.free"))

@@ -96,6 +96,15 @@ def find_positions(config: dict[str, Any]) -> int | None:
     return read_number(config, "max_position_embeddings", "n_positions") or None
 
 
+def read_key_width(config: dict[str, Any]) -> int:
+    """Key heads × head size; 0 for a config without its sizes."""
+    heads = read_number(config, "num_attention_heads", "num_heads", "n_head")
+    if not heads:
+        return 0
+    head_size = read_number(config, "head_dim") or read_number(config, "hidden_size", "n_embd") // heads
+    return head_size * (read_number(config, "num_key_value_heads") or heads)
+
+
 def has_learned_positions(config: dict[str, Any]) -> bool:
     """True where every position has an embedding of its own, so that a longer sequence cannot be computed."""
     anatomy = ANATOMIES.get(str(config.get("model_type")))
@@ -112,7 +121,6 @@ def read_shape(config: dict[str, Any]) -> ModelShape | None:
     if anatomy is None or not (hidden and layers and heads and vocabulary):
         return None
     head_size = read_number(config, "head_dim") or hidden // heads
-    key_width = head_size * (read_number(config, "num_key_value_heads") or heads)
     intermediate = read_number(config, "intermediate_size", "n_inner") or 4 * hidden
     shape = ModelShape(
         anatomy=anatomy,
@@ -120,7 +128,7 @@ def read_shape(config: dict[str, Any]) -> ModelShape | None:
         layers=layers,
         heads=heads,
         query_width=head_size * heads,
-        key_width=key_width,
+        key_width=read_key_width(config),
         intermediate=intermediate,
         vocabulary=vocabulary,
         linears=(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 from config.structured_config import GenerationSection, Recipe
 from tests.backends.test_families import CONFIGS, OTHERS, SHAPE
 from utils.backends import GenerationSettings, torch_backend
-from utils.backends.torch_decoding import SLOT_MODELS, count_common, limit_rows, uses_slots
+from utils.backends.torch_decoding import SLOT_MODELS, count_common, uses_slots
 from utils.backends.torch_generation import cut_at_stop
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_sampling import choose_tokens, make_processors
@@ -178,15 +179,29 @@ def test_positions_that_stretch_with_the_longest_row_are_left_to_transformers(ki
     assert uses_slots(make_model(CONFIGS["llama"]).network)
 
 
-def test_fewer_rows_are_answered_at_once_where_their_cache_would_not_fit(caplog: pytest.LogCaptureFixture) -> None:
-    model = make_model(CONFIGS["llama"])
-    assert limit_rows(model, 64, columns=100) == 64
+@pytest.mark.parametrize("name", ["llama", "gpt_neo"])  # with slots and without
+def test_fewer_rows_are_answered_at_once_where_their_cache_might_not_fit(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = copy.deepcopy({**CONFIGS, **OTHERS}[name])
+    model = make_model(config)
+    config.max_position_embeddings = 2**40
+    seen: list[int] = []
+
+    def watch(_: nn.Module, arguments: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
+        seen.append(len(arguments[0] if arguments else named["input_ids"]))
+
+    model.network.base_model.register_forward_pre_hook(watch, with_kwargs=True)
+    generation = GenerationSection().model_copy(update={"max_new_tokens": 2**36})  # more than the machine can hold
+    everything = tuple(range(config.vocab_size))  # answers that may be long, and end at once
     logger = get_logger()
     logger.addHandler(caplog.handler)
     caplog.set_level(logging.INFO, logger.name)
-    assert limit_rows(model, 64, columns=10**10) == 1
+    answers = torch_backend.generate(model, make_prompts(), GenerationSettings(generation, everything, 0), 4)
     logger.removeHandler(caplog.handler)
-    assert "rows answered at once: 1 instead of 64" in caplog.text
+    assert answers == [[]] * len(LENGTHS)
+    assert "rows answered at once: 1 instead of 4" in caplog.text
+    assert set(seen) == {1}
 
 
 def test_the_common_beginning_ends_where_any_prompt_differs_or_ends() -> None:

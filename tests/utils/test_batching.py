@@ -203,8 +203,8 @@ def test_pairs_of_like_length_share_a_micro_batch() -> None:
 
 
 def test_scored_rows_share_a_pass_up_to_a_number_and_to_their_tokens_and_the_longest_come_first() -> None:
-    lengths = [5, 70, 3, 40, 4, 300, 38, 2]
-    groups = group_scored_rows(lengths, 3, 20)  # 80 tokens a pass
-    assert groups == [[5], [1], [3, 6], [0, 4, 2], [7]]
-    assert all(len(group) == 1 or lengths[group[0]] * len(group) <= 80 for group in groups)
+    lengths = [50, 700, 30, 400, 40, 3000, 510, 20]
+    groups = group_scored_rows(lengths, 3, 256)  # 1,024 tokens a pass
+    assert groups == [[5], [1], [6, 3], [0, 4, 2], [7]]
+    assert group_scored_rows(lengths, 3, 1500) == [[5], [1, 6], [3, 0, 4], [2, 7]]
     assert group_scored_rows([], 3, 20) == []

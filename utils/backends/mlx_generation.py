@@ -10,6 +10,7 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.sample_utils import apply_top_k, apply_top_p, make_repetition_penalty
 
 from config.structured_config import GenerationSection
+from utils.answer_rows import limit_rows
 from utils.backends import GenerationSettings, ignore
 from utils.backends.mlx_model import MlxModel
 from utils.batching import Batch, Ids
@@ -61,7 +62,7 @@ def generate(
     prompts. Prompts whose answers could go beyond the last position slide, one by one.
 
     Args:
-        batch_size: prompts that are answered at once.
+        batch_size: prompts that are answered at once, or fewer (`limit_rows`).
         on_answer: called with the number of its tokens whenever an answer is complete.
     """
     for prompt in prompts:
@@ -77,6 +78,9 @@ def generate(
             fitting.append(index)
     if fitting:
         waiting = {index: prompts[index].tolist() for index in fitting}
+        most = len(prompts[fitting[0]]) + settings.generation.max_new_tokens
+        itemsize = 4 if model.dtype_name == "float32" else 2
+        batch_size = limit_rows(model.source.config, batch_size, most, itemsize, model.device)
         answers |= answer_together(model, waiting, settings, batch_size, on_answer)
     return [answers[index] for index in range(len(prompts))]
 

@@ -24,14 +24,11 @@ from utils.backends.torch_cache import SlotCache
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_sampling import choose_tokens, draw_seed, make_generator, make_processors
 from utils.batching import Ids
-from utils.logging import get_logger
-from utils.machine import TOKEN_BUDGETS, measure_device_memory
-from utils.memory import show_bytes
+from utils.machine import TOKEN_BUDGETS
 
 # Architectures for which tests/backends/test_torch_decoding.py shows that answers are those of transformers' generate.
 # GPT-Neo's local layers count columns back from the last one of the batch, where only the longest row stands here.
 SLOT_MODELS = PACKING_MODELS - {"gpt_neo"}
-MEMORY_SHARE = 0.5  # of the free memory, for the cache
 ADMITTED_SHARE = 8  # new prompts come in when an eighth of the rows has ended: a pass over a single prompt is slow
 FIRST_ANSWERS = 64  # columns for answers that a cache has at first
 
@@ -96,7 +93,7 @@ def decode(
     ids = {index: prompt.tolist() for index, prompt in prompts.items()}
     waiting = deque(Row(index, list(ids[index]), make_generator(seed, index)) for index in prompts)
     longest = max(map(len, ids.values()))
-    slots = min(len(ids), limit_rows(model, batch_size, longest + settings.generation.max_new_tokens))
+    slots = min(len(ids), batch_size)
     decoder = Decoder(model, settings, slots, longest)
     answers: dict[int, list[int]] = {}
 
@@ -107,26 +104,6 @@ def decode(
     decoder.read_prefix(list(ids.values()))
     decoder.answer(waiting, keep)
     return answers
-
-
-def limit_rows(model: TorchModel, batch_size: int, columns: int) -> int:
-    """Rows at once: the batch size, or fewer where the cache of long rows would take more than a share of the free memory.
-
-    Args:
-        columns: tokens of the longest prompt with the longest answer.
-    """
-    network: Any = model.network
-    config = network.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row_bytes: int = 2 * config.num_hidden_layers * heads * size * model.plan.dtype.itemsize * columns
-    _, free = measure_device_memory(model.plan.device)  # type: ignore[arg-type]
-    most = int((free or model.plan.memory_bytes) * MEMORY_SHARE) // row_bytes
-    if most >= batch_size:
-        return batch_size
-    message = "rows answered at once: %d instead of %d, because the cache of one may need %s"
-    get_logger().info(message, max(1, most), batch_size, show_bytes(row_bytes))
-    return max(1, most)
 
 
 def count_common(prompts: Sequence[list[int]]) -> int:

@@ -13,6 +13,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from utils.answer_rows import limit_rows
 from utils.backends import GenerationSettings, ignore
 from utils.backends.torch_decoding import decode, uses_slots
 from utils.backends.torch_model import TorchModel
@@ -50,13 +51,17 @@ def generate(
     follow torch's seed, and under the `Decoder` depend on no other prompt.
 
     Args:
-        batch_size: prompts that are answered at once.
+        batch_size: prompts that are answered at once, or fewer (`limit_rows`).
         on_answer: called with the number of its tokens whenever an answer is complete.
     """
-    model.network.eval()
+    network: Any = model.network.eval()
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     long = [index for index in order if goes_beyond_context(model, len(prompts[index]), settings)]
     fitting = order[len(long) :]
+    if fitting:
+        most = len(prompts[fitting[0]]) + settings.generation.max_new_tokens
+        config = network.config.get_text_config(decoder=True).to_dict()
+        batch_size = limit_rows(config, batch_size, most, model.plan.dtype.itemsize, model.plan.device)
     with torch.inference_mode():
         answers = {}
         for index in long:
