@@ -65,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = ENVIRONMENTS / "results.json"
     results = {result.work: result for result in load_results(path)}
     for name in options.work:
+        if WORKS[name].needs_gpu and inspect_machine().device != "cuda":
+            print(f"{name}: needs an NVIDIA GPU", flush=True)
+            continue
         earlier = results.get(name) if options.add else None
         for result in measure_work(WORKS[name], sides, obstacles, options, earlier):
             results[name] = result
@@ -143,7 +146,8 @@ def describe_run(result: WorkResult, run: Measurement) -> str:
 def measure_bound(work: Work) -> float:
     """FLOP/s of the fastest matrix product in the format that Tunebook trains in here, in a process of its own."""
     dtype = "float32" if work.is_full else choose_dtype("auto", inspect_machine())
-    command = [sys.executable, str(ROOT / "benchmarks" / "speed_bound.py"), dtype]
+    device = "cuda" if inspect_machine().device == "cuda" else "cpu"
+    command = [sys.executable, str(ROOT / "benchmarks" / "speed_bound.py"), dtype, device]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout)["gflops"]) * 1e9
 

@@ -1,6 +1,7 @@
 """What the machine allows: the fastest matrix product of torch, measured, and the products that a work cannot do without.
 
-    python benchmarks/speed_bound.py float32     # GFLOP/s on all cores
+    python benchmarks/speed_bound.py float32            # GFLOP/s on all cores
+    python benchmarks/speed_bound.py bfloat16 cuda      # of a GPU
 
 Counted as needed, in multiplications and additions of matrix products:
 
@@ -29,21 +30,24 @@ SIZES = (
     (2048, 576, 1536),
     (1024, 576, 49152),
 )
+LARGE = (8192, 8192, 8192)  # on a GPU, which is not busy with less
 SECONDS = 1.5  # spent on each size
 
 
-def measure_peak(dtype: str) -> float:
-    """FLOP/s of the fastest of several matrix products on all cores, among them the embedded model's own shapes."""
+def measure_peak(dtype: str, device: str = "cpu") -> float:
+    """FLOP/s of the fastest of several matrix products on all cores, or a GPU, among them the embedded model's own shapes."""
     import torch
 
     best = 0.0
-    for rows, inputs, outputs in SIZES:
-        x = torch.ones(rows, inputs, dtype=getattr(torch, dtype))
-        weight = torch.ones(outputs, inputs, dtype=getattr(torch, dtype))
+    for rows, inputs, outputs in SIZES if device == "cpu" else (*SIZES, LARGE):
+        x = torch.ones(rows, inputs, dtype=getattr(torch, dtype), device=device)
+        weight = torch.ones(outputs, inputs, dtype=getattr(torch, dtype), device=device)
         torch.nn.functional.linear(x, weight)
         ends = time.perf_counter() + SECONDS
         while (started := time.perf_counter()) < ends:
             torch.nn.functional.linear(x, weight)
+            if device == "cuda":
+                torch.cuda.synchronize()
             best = max(best, 2.0 * rows * inputs * outputs / (time.perf_counter() - started))
     return best
 
@@ -94,4 +98,4 @@ class NeededWork:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"gflops": measure_peak(sys.argv[1]) / 1e9}))
+    print(json.dumps({"gflops": measure_peak(*sys.argv[1:]) / 1e9}))

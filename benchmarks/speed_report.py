@@ -159,7 +159,7 @@ MEASURED = (
     "- *First step*: from the start of the process to the end of the first step, with all files in the system's cache.",
     "  Tunebook reads text and checks every row; *cold* has to encode it, *warm* finds it encoded. Peers are given token ids",
     "  and encode nothing, or texts where they take nothing else (pairs).",
-    "- *Peak memory*: resident, of the whole process from start to end.",
+    "- *Peak memory*: resident, of the whole process from start to end; on a GPU, the most that torch's tensors took there.",
     "- *INVALID*: the tokens that a side saw or learned, or its trainable parameters, are not those of the work; a gradient",
     f"  norm is zero; its first loss is more than {100 * FIRST_LOSS:.0f} %, or its losses are on average more than "
     f"{100 * MEAN_LOSS:.0f} %, from the reference (TRL tuned; else Tunebook).",

@@ -36,7 +36,7 @@ class Side:
     Attributes:
         script: in peers/, None for Tunebook.
         environment: folder in .bench/, and `requirements_<environment>.txt` in peers/; None for Tunebook's own.
-        setting: what the job says to the script: plain, float32 or tuned.
+        setting: what the job says to the script: plain, float32, tuned or liger.
         works: names of the works that it can do; empty for all.
         needs: `cuda` where it does not run without.
         insists_on_bfloat16: where that is not native each step takes minutes, so there it takes two of the shortest work.
@@ -77,6 +77,7 @@ class Side:
 
 
 ADAPTER_WORKS = ("short", "medium", "long")
+GPU_WORKS = (*ADAPTER_WORKS, "dpo", "full", "nf4", "gpu")
 MLX_WORKS = ("small", "short", "medium")
 SIDES = {
     side.name: side
@@ -108,14 +109,15 @@ SIDES = {
             "run_trl.py",
             "trl",
             setting="tuned",
-            says="no checkpointing, micro-batches of 2 rows of like length, no autocast, Tunebook's allocator settings",
+            says="no checkpointing, no autocast, rows of like length in micro-batches (of 2 on a CPU), Tunebook's allocator "
+            "settings; base and adapters in bfloat16 where that is native",
         ),
         Side(
             "llama_factory",
             "LLaMA-Factory",
             "run_llama_factory.py",
             "llama_factory",
-            works=(*ADAPTER_WORKS, "full"),
+            works=(*ADAPTER_WORKS, "full", "gpu"),
             prepares=True,
             says="its own defaults: gradient checkpointing, one batch of all rows, padding to a multiple of 8; model files "
             "copied in float32 beforehand where bfloat16 is not native, because it computes in their format",
@@ -153,8 +155,26 @@ SIDES = {
             overrides=("backend=mlx",),
             says="the same recipe with `backend: mlx`; on Linux with torch's matrix products",
         ),
-        Side("unsloth", "Unsloth", needs="cuda"),
-        Side("liger", "TRL with Liger kernels", needs="cuda"),
+        Side(
+            "liger",
+            "TRL tuned, with Liger",
+            "run_trl.py",
+            "trl_liger",
+            setting="liger",
+            works=GPU_WORKS,
+            needs="cuda",
+            says="as TRL tuned, with `use_liger_kernel`",
+        ),
+        Side(
+            "unsloth",
+            "Unsloth",
+            "run_unsloth.py",
+            "unsloth",
+            setting="tuned",
+            works=GPU_WORKS,
+            needs="cuda",
+            says="its `FastLanguageModel` under TRL's trainers, no checkpointing, all rows of a step at once",
+        ),
     )
 }
 
@@ -238,6 +258,7 @@ def run_tunebook(side: Side, prepared: PreparedWork, attempt: Attempt) -> Measur
         "trainable_parameters": facts["trainable_parameters"],
         "dtype": facts["dtype"],
         "versions": {name: facts["versions"][name] for name in LIBRARIES[facts["backend"]]},
+        "device_bytes": facts["peak_memory_bytes"] if facts["device"] == "cuda" else None,
     }
     return replace(make_measurement(side, prepared, number, done, result), cold=cold)
 
@@ -280,7 +301,7 @@ def make_measurement(
         losses=result["losses"],
         norms=result["gradient_norms"],
         trainable=result["trainable_parameters"],
-        peak_bytes=done.peak_bytes,
+        peak_bytes=result["device_bytes"] or done.peak_bytes,
         foreign=done.foreign,
         dtype=result["dtype"],
         versions=result["versions"],

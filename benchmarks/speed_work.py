@@ -24,6 +24,7 @@ from utils.preflight import check_recipe
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "text_to_sql"
 SEED = 42
 LORA = {"r": 16, "alpha": 32.0}
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 IGNORED = -100  # the label of a token that is not learned, in every peer
 Row = dict[str, Any]
 
@@ -37,7 +38,7 @@ class Work:
         join_tokens: turns are joined until a row would be longer; 0 keeps each conversation by itself.
         steps: optimizer steps of a run unless the command says otherwise.
         learning_rate: constant, without warmup.
-        is_small: on a random model of four narrow layers, where MLX has no GPU.
+        architecture: of the random model that is trained (`ARCHITECTURES`); None for the embedded model.
     """
 
     name: str
@@ -50,24 +51,50 @@ class Work:
     method: Literal["sft", "dpo"] = "sft"
     is_full: bool = False
     quantization: Literal["none", "nf4"] = "none"
-    is_small: bool = False
+    architecture: str | None = None
 
     @property
     def has_adapters(self) -> bool:
         """Whether LoRA is trained rather than all weights."""
         return not self.is_full
 
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether it is too large for a CPU."""
+        return self.architecture == "qwen2"
 
+
+# Random models, as fast as trained ones: four narrow layers, for MLX without a GPU; and Qwen2.5-0.5B's sizes, for GPUs.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 49_152,
+    },
+    "qwen2": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+    },
+}
 WORKS = {
     work.name: work
     for work in (
-        Work("small", "WikiSQL on a small random model, LoRA", "wikisql", steps=5, is_small=True),
+        Work("small", "WikiSQL on a small random model, LoRA", "wikisql", steps=5, architecture="llama"),
         Work("short", "WikiSQL, LoRA", "wikisql", steps=10),
         Work("medium", "GSM8K chat, LoRA", "gsm8k", steps=5),
         Work("long", "GSM8K joined to 2,000 tokens, LoRA", "gsm8k", join_tokens=2000, batch_size=2, steps=3),
         Work("dpo", "GSM8K pairs, DPO with LoRA", "preference", steps=3, learning_rate=1.0e-5, method="dpo"),
         Work("full", "GSM8K chat, all weights", "gsm8k", steps=4, learning_rate=3.0e-5, is_full=True),
         Work("nf4", "GSM8K chat, LoRA over nf4", "gsm8k", steps=3, quantization="nf4"),
+        Work("gpu", "GSM8K chat on Qwen2.5-0.5B's sizes, LoRA", "gsm8k", batch_size=16, steps=20, architecture="qwen2"),
     )
 }
 
@@ -148,15 +175,15 @@ def find_base() -> ModelSource:
     return find_model(ModelSection(name=DEFAULT_MODEL), "benchmark", with_weights=True)
 
 
-def build_small_model(folder: Path) -> ModelSource:
-    """A random model of the embedded one's architecture, with its tokenizer."""
+def build_model(architecture: str, folder: Path) -> ModelSource:
+    """A random model of one of `ARCHITECTURES`, with the embedded model's tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     base = find_base().folder
     torch.manual_seed(SEED)
-    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = AutoConfig.from_pretrained(base, **sizes, num_key_value_heads=2, head_dim=32)
+    special = {name: getattr(AutoConfig.from_pretrained(base), name) for name in SPECIAL_TOKENS}
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture], **special, tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy2(base / name, folder)
@@ -165,7 +192,8 @@ def build_small_model(folder: Path) -> ModelSource:
 
 def prepare_work(work: Work, steps: int | None, rows_dir: Path | None, folder: Path) -> PreparedWork:
     """Writes rows and recipe, encodes the rows as Tunebook does, and writes them for the peers in the order of training."""
-    source, count = build_small_model(folder / "model") if work.is_small else find_base(), steps or work.steps
+    source = find_base() if work.architecture is None else build_model(work.architecture, folder / "model")
+    count = steps or work.steps
     rows = read_rows(work, rows_dir, source.folder, count * work.batch_size)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = folder / "recipe.yaml"

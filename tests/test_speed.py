@@ -19,8 +19,8 @@ from benchmarks.speed_bound import NeededWork
 from benchmarks.speed_process import Attempt, execute, watch_lines
 from benchmarks.speed_report import format_work
 from benchmarks.speed_results import WorkResult, find_faults, load_results, save_results, summarise, take_up
-from benchmarks.speed_sides import SIDES, Measurement
-from benchmarks.speed_work import convert_example, measure_rows, measure_square
+from benchmarks.speed_sides import OUR_SIDES, PEERS, SIDES, Measurement, Side
+from benchmarks.speed_work import WORKS, convert_example, measure_rows, measure_square
 from benchmarks.tiny_models import make_llama_config
 from utils.piece_encoder import EncodedExample
 
@@ -225,3 +225,13 @@ def test_sides_say_why_they_cannot_do_a_work(monkeypatch: pytest.MonkeyPatch) ->
     assert SIDES["unsloth"].find_obstacle("medium") == "needs an NVIDIA GPU"
     assert SIDES["mlx_lm"].find_obstacle("long") == "not a work of this side"
     assert SIDES["tunebook"].find_obstacle("nf4") is None
+
+
+@pytest.mark.parametrize("side", SIDES.values(), ids=list(SIDES))
+def test_every_peer_has_a_script_and_an_environment_of_its_own(side: Side) -> None:
+    if side.name in OUR_SIDES:
+        assert side.script is None
+    else:
+        assert (PEERS / str(side.script)).is_file()
+        assert (PEERS / f"requirements_{side.environment}.txt").is_file()
+    assert set(side.works) <= set(WORKS)

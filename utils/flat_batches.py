@@ -15,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from utils.batching import Batch
+from utils.piece_encoder import EncodedExample
 
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 # Sharing takes one more piece of attention for each row; below this many tokens it would cost more than it saves.
 SHORTEST_SHARED = 8
+TRIED_ROWS = 1000  # of a set, spread over it, that are asked for what all rows begin with
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,17 @@ def count_shared(documents: Sequence[Document]) -> int:
         different = ids[:limit] != first[:limit]
         limit = int(different.argmax()) if different.any() else limit
     return limit if limit >= SHORTEST_SHARED else 0
+
+
+def count_common_start(examples: Sequence[EncodedExample]) -> int:
+    """Tokens that the passes over a set share whichever rows they hold; a rare row that begins otherwise may be missed."""
+    tried = np.unique(np.linspace(0, len(examples) - 1, min(TRIED_ROWS, len(examples)), dtype=np.int64))
+    documents = []
+    for index in tried:
+        example = examples[int(index)]
+        end = len(example.input_ids) if example.branch_starts is None else example.branch_starts[0]
+        documents.append(Document(((example.input_ids[:end], np.append(False, example.loss_mask[1:end])),)))
+    return count_shared(documents)
 
 
 def find_first(mask: Mask) -> int:

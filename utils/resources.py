@@ -13,6 +13,7 @@ from config.structured_config import Recipe
 from utils.backends import choose_backend
 from utils.downloads import DownloadStatus, find_download
 from utils.exceptions import Problem
+from utils.flat_batches import count_common_start
 from utils.forecast import (
     DiskForecast,
     TimeForecast,
@@ -93,7 +94,8 @@ def make_predictor(
 ) -> Callable[[Recipe], MemoryEstimate]:
     """Gives a function that predicts the peak of this run under changed values, from the lengths of its examples."""
     held_out = (data.evaluation.lengths, data.evaluation.supervised)
-    workload = plan_workload(recipe, shape, machine, (data.train.lengths, data.train.supervised), held_out)
+    train, shared = (data.train.lengths, data.train.supervised), count_common_start(data.train)
+    workload = plan_workload(recipe, shape, machine, train, held_out, shared)
     stored = measure_stored_bytes(source)
     if machine.backend == "mlx":
         kept = stored if is_stored_quantised(source.config) else None

@@ -19,6 +19,7 @@ from utils.backends import Backend, MachineFacts, TrainStep, load_engine
 from utils.batching import pad_rows
 from utils.checkpoint import NOT_PUBLISHED, Checkpoint
 from utils.evaluation import compute_mean_loss, continue_text, make_scorer, measure_losses
+from utils.flat_batches import count_common_start
 from utils.logging import get_logger, hide_in_values
 from utils.machine import inspect_machine
 from utils.methods.preference import ReferenceCache, measure_held_out, reference_pairs
@@ -64,9 +65,12 @@ def choose_micro_batch_size(loaded: LoadedRecipe, preflight: Preflight, machine:
     lengths = preflight.data.train.lengths
     row = workload.find_usual_length(lengths, runs_flat=machine.runs_flat)
     budget = workload.find_token_budget(loaded.recipe, machine.device, machine.token_budget)
-    size = workload.choose_micro_batch_size(training.batch_size, row, machine.workers, budget)
+    shares = machine.runs_flat and training.engine == "tunebook"
+    shared = count_common_start(preflight.data.train) if shares else 0
+    size = workload.choose_micro_batch_size(training.batch_size, row, machine.workers, budget, shared)
     name = "mean" if machine.runs_flat else "longest"
     reason = f"{machine.workers} worker(s), {budget} tokens a forward pass, {name} example {row}"
+    reason += f", {shared} at the beginning of all" if shared else ""
     get_logger().info("training.micro_batch_size: %d (%s)", size, reason)
     return loaded.with_automatic_value("training.micro_batch_size", size, reason)
 

@@ -71,13 +71,17 @@ def find_token_budget(recipe: Recipe, device: str, token_budget: int) -> int:
     return WHOLE_BUDGETS * token_budget if recipe.lora is None and device == "cpu" else token_budget
 
 
-def choose_micro_batch_size(batch_size: int, row: int, workers: int, token_budget: int) -> int:
+def choose_micro_batch_size(batch_size: int, row: int, workers: int, token_budget: int, shared: int = 0) -> int:
     """What `micro_batch_size: auto` becomes: every worker gets a share of the step, within a token budget for a forward pass.
+
+    What all rows begin with is computed once in a pass, so passes may be twice as long as that: each row more in one saves it.
 
     Args:
         row: tokens that a row of a forward pass takes (`find_usual_length`).
+        shared: of them, those that all rows begin with and that a pass computes once.
     """
-    return max(1, min(-(-batch_size // workers), token_budget // row))
+    room = max(token_budget, 2 * shared) - shared
+    return max(1, min(-(-batch_size // workers), room // (row - shared)))
 
 
 def find_usual_length(lengths: Lengths, *, runs_flat: bool) -> int:
@@ -130,12 +134,14 @@ def plan_workload(
     machine: Machine,
     train: tuple[Lengths, Lengths],
     held_out: tuple[Lengths, Lengths],
+    shared: int = 0,
 ) -> Workload:
     """Finds the worst step of a run and its worst evaluation batches.
 
     Args:
         train: tokens and learned tokens of every training example, each of shape (examples,).
         held_out: the same of the held-out examples, possibly empty.
+        shared: tokens that all training examples begin with (`count_common_start`).
     """
     if recipe.reward:  # one number for an answer instead of logits over the vocabulary
         train, held_out = (train[0], np.zeros_like(train[1])), (held_out[0], np.zeros_like(held_out[1]))
@@ -143,10 +149,11 @@ def plan_workload(
     training = recipe.training
     workers = count_training_workers(recipe, shape, machine)
     size, is_flat = training.micro_batch_size, expect_flat(recipe, shape, machine)
+    shared = shared if is_flat and not training.packing else 0
     if not isinstance(size, int):
         row = find_usual_length(lengths, runs_flat=is_flat)
         budget = find_token_budget(recipe, machine.device, machine.token_budget)
-        size = choose_micro_batch_size(training.batch_size, row, machine.workers, budget)
+        size = choose_micro_batch_size(training.batch_size, row, machine.workers, budget, shared)
     worst: tuple[float, Workload | None] = (-1.0, None)
     epochs = 1 if training.max_steps else max(1, round(training.epochs))
     windows = (
@@ -156,7 +163,9 @@ def plan_workload(
         if training.packing:
             passes = pack_passes(lengths[window], supervised[window], recipe.data.max_length)
         else:
-            passes = cut_passes(lengths[window], supervised[window], size, is_flat=is_flat, evenly=is_flat)
+            passes = cut_passes(
+                lengths[window], supervised[window], size, is_flat=is_flat, evenly=is_flat, shared=shared
+            )
         if machine.backend == "mlx":
             passes = [see_as_plain_rows(item, recipe, lengths) for item in passes]
         cost = sum(weigh(item, shape) for item in passes[:workers])
@@ -209,23 +218,23 @@ def weigh(item: ForwardPass, shape: ModelShape) -> float:
 
 
 def cut_passes(
-    lengths: Lengths, supervised: Lengths, size: int, *, is_flat: bool = False, evenly: bool = False
+    lengths: Lengths, supervised: Lengths, size: int, *, is_flat: bool = False, evenly: bool = False, shared: int = 0
 ) -> list[ForwardPass]:
     """Cuts examples into passes of `size` rows as `make_micro_batches` does, the largest first; without padding a pass is one
     long row."""
     order = np.argsort(-lengths, kind="stable")
     groups = [order[group].tolist() for group in group_rows(len(order), size, evenly=evenly)]
-    return make_passes(lengths, supervised, groups, is_flat=is_flat)
+    return make_passes(lengths, supervised, groups, is_flat=is_flat, shared=shared)
 
 
 def make_passes(
-    lengths: Lengths, supervised: Lengths, groups: Sequence[Sequence[int]], *, is_flat: bool
+    lengths: Lengths, supervised: Lengths, groups: Sequence[Sequence[int]], *, is_flat: bool, shared: int = 0
 ) -> list[ForwardPass]:
     """The passes of grouped examples, the largest first; the first of each group is its longest."""
     passes = [
         ForwardPass(
             rows=1 if is_flat else len(group),
-            length=int(lengths[list(group)].sum() if is_flat else lengths[group[0]]),
+            length=int(lengths[list(group)].sum() - (len(group) - 1) * shared if is_flat else lengths[group[0]]),
             supervised=int(supervised[list(group)].sum()),
             masked=not is_flat and bool(lengths[group[0]] != lengths[group[-1]]),
         )

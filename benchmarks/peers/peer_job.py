@@ -51,8 +51,16 @@ def keep_freed_pages() -> None:
         libc.mallopt(-8, 1)  # M_ARENA_MAX
 
 
+def find_gpu() -> Any:
+    """`torch.cuda` where the script has imported torch and there is an NVIDIA GPU, else None."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
 def computes_bfloat16_natively() -> bool:
-    """Whether this CPU multiplies bfloat16 itself."""
+    """Whether the GPU, or else this CPU, multiplies bfloat16 itself."""
+    if gpu := find_gpu():
+        return bool(gpu.is_bf16_supported(including_emulation=False))
     path = Path("/proc/cpuinfo")
     flags = path.read_text(encoding="utf-8") if path.exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
@@ -102,5 +110,6 @@ class Recorder:
             "trainable_parameters": trainable_parameters,
             "dtype": dtype,
             "versions": {name: importlib.metadata.version(name) for name in packages},
+            "device_bytes": gpu.max_memory_allocated() if (gpu := find_gpu()) else None,
         }
         Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")

@@ -83,7 +83,7 @@ def make_arguments(job: dict[str, Any], folder: str) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "disable_shuffling": True,
         "seed": job["seed"],
-        "use_cpu": True,
+        "use_cpu": peer_job.find_gpu() is None,
         "logging_steps": 1,
         "disable_tqdm": True,
         "report_to": "none",

@@ -1,13 +1,15 @@
-"""TRL in its own environment: `python run_trl.py JOB RESULT`; as it comes, in float32, or tuned (`setting` of the job).
+"""TRL in its own environment: `python run_trl.py JOB RESULT`; as it comes, in float32, tuned, or with Liger (`setting`).
 
 As it comes: SFTTrainer or DPOTrainer with their own defaults; the job sets what makes it the same work. Tuned: what an
-expert sets on a CPU: no autocast, no checkpointing, micro-batches of 2 rows of like length, and the allocator kept from
-returning big buffers. Where the CPU has native bfloat16, the frozen base is loaded in it; elsewhere all is float32.
+expert sets: no autocast, no checkpointing, rows of like length together, 2 of them in a micro-batch on a CPU and all of a
+step's on a GPU, and the allocator kept from returning big buffers. Where bfloat16 is native, the frozen base is loaded in it;
+elsewhere all is float32. Liger: the same with the kernels of liger-kernel, on a GPU.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import peer_job
@@ -17,7 +19,8 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-MICRO_BATCH = 2
+MICRO_BATCH = 2  # on a CPU
+TUNED = ("tuned", "liger")
 
 
 class StepClock(TrainerCallback):  # type: ignore[misc]  # a class of a library that is not type-checked
@@ -62,9 +65,8 @@ class CountingDpo(DPOTrainer):  # type: ignore[misc]  # a class of a library tha
 def choose_dtype(job: dict[str, Any]) -> str:
     """Format of the loaded weights; TRL's own default is float32 under bfloat16 autocast."""
     is_full = job["r"] is None
-    return (
-        "bfloat16" if job["setting"] == "tuned" and peer_job.computes_bfloat16_natively() and not is_full else "float32"
-    )
+    is_native = peer_job.computes_bfloat16_natively()
+    return "bfloat16" if job["setting"] in TUNED and is_native and not is_full else "float32"
 
 
 def make_settings(job: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -79,56 +81,78 @@ def make_settings(job: dict[str, Any], folder: str) -> dict[str, Any]:
         "train_sampling_strategy": "sequential",
         "max_length": None,
         "seed": job["seed"],
-        "use_cpu": True,
+        "use_cpu": peer_job.find_gpu() is None,
         "logging_steps": 1,
         "disable_tqdm": True,
         "report_to": "none",
         "save_strategy": "no",
-        "model_init_kwargs": {"dtype": choose_dtype(job)},
     }
     if job["setting"] != "plain":
-        settings["bf16"] = False
-    if job["setting"] == "tuned":
+        trains_all = job["setting"] in TUNED and job["r"] is None
+        settings["bf16"] = (
+            trains_all and peer_job.computes_bfloat16_natively()
+        )  # weights in float32, products in bfloat16
+    if job["setting"] in TUNED:
+        rows = MICRO_BATCH if peer_job.find_gpu() is None else job["batch_size"]
         settings |= {
             "gradient_checkpointing": False,
-            "per_device_train_batch_size": MICRO_BATCH,
-            "gradient_accumulation_steps": job["batch_size"] // MICRO_BATCH,
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": job["batch_size"] // rows,
+            "use_liger_kernel": job["setting"] == "liger",
         }
     return settings
 
 
-def main() -> None:
-    """Trains, and writes down what happened."""
-    job, recorder = peer_job.read_job(), peer_job.Recorder()
-    rows = peer_job.read_rows(job)
-    if job["setting"] == "tuned":
-        peer_job.keep_freed_pages()
-        rows = peer_job.sort_windows(rows, job["batch_size"])
-    own: dict[str, Any] = {"callbacks": [StepClock(recorder)]}
+def describe_model(job: dict[str, Any]) -> dict[str, Any]:
+    """What TRL's trainers are told to load, and to put around it."""
+    loading: dict[str, Any] = {"dtype": choose_dtype(job)}
+    if job["quantization"] == "nf4":
+        loading["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, choose_dtype(job)),
+            bnb_4bit_use_double_quant=True,
+        )
+    told: dict[str, Any] = {"model_init_kwargs": loading}
     if job["r"] is not None:
-        own["peft_config"] = LoraConfig(
+        told["peft_config"] = LoraConfig(
             r=job["r"], lora_alpha=job["alpha"], target_modules="all-linear", lora_dropout=0.0
         )
+    return told
+
+
+def train(job: dict[str, Any], loaded: tuple[Any, Any] | None, dtype: str, packages: Sequence[str]) -> None:
+    """Trains, and writes down what happened.
+
+    Args:
+        loaded: model and tokenizer; None lets TRL load them.
+        dtype: format of the weights.
+        packages: those whose versions matter.
+    """
+    recorder, rows = peer_job.Recorder(), peer_job.read_rows(job)
+    if job["setting"] in TUNED:
+        peer_job.keep_freed_pages()
+        rows = peer_job.sort_windows(rows, job["batch_size"])
+    kind, config = (CountingSft, SFTConfig) if job["method"] == "sft" else (CountingDpo, DPOConfig)
+    own: dict[str, Any] = {"callbacks": [StepClock(recorder)], "train_dataset": Dataset.from_list(rows)}
     with tempfile.TemporaryDirectory() as folder:
         settings = make_settings(job, folder)
-        if job["quantization"] == "nf4":
-            settings["model_init_kwargs"]["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_compute_dtype=torch.float32,
-                bnb_4bit_use_double_quant=True,
-            )
-        is_sft = job["method"] == "sft"
-        kind, config = (CountingSft, SFTConfig) if is_sft else (CountingDpo, DPOConfig)
-        trainer = kind(job["model"], args=config(**settings), train_dataset=Dataset.from_list(rows), **own)
+        if loaded is None:
+            told = describe_model(job)
+            settings["model_init_kwargs"] = told.pop("model_init_kwargs")
+            trainer = kind(job["model"], args=config(**settings), **own, **told)
+        else:
+            settings["bf16"] = True  # Unsloth's adapters are in float32, and it computes under autocast
+            trainer = kind(loaded[0], args=config(**settings), processing_class=loaded[1], **own)
         trainer.recorder = recorder
-        if choose_dtype(job) == "bfloat16":
+        if loaded is None and dtype == "bfloat16" and job["quantization"] == "none":
             trainer.model.to(torch.bfloat16)  # peft keeps adapters in float32; an expert has both in one format
         trainer.train()
         trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    dtype = f"{choose_dtype(job)}{', bfloat16 autocast' if trainer.args.bf16 else ''}"
-    recorder.write(trainable, dtype, ("torch", "transformers", "peft", "trl"))
+    recorder.write(trainable, f"{dtype}{', bfloat16 autocast' if trainer.args.bf16 else ''}", packages)
 
 
 if __name__ == "__main__":
-    main()
+    asked = peer_job.read_job()
+    liger = ("liger-kernel",) if asked["setting"] == "liger" else ()
+    train(asked, None, choose_dtype(asked), ("torch", "transformers", "peft", "trl", *liger))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from utils.batching import Batch, pack_row, pad_rows
-from utils.flat_batches import FlatBatch, flatten
+from utils.flat_batches import FlatBatch, Span, count_common_start, flatten
 from utils.piece_encoder import EncodedExample
 
 SYSTEM = list(range(100, 112))
@@ -103,3 +105,19 @@ def test_a_single_row_stays_as_it_is() -> None:
     flat = flatten(batch)
     assert flat.input_ids.tolist() == batch.input_ids[0].tolist()
     assert len(flat.spans) == 1
+
+
+@pytest.mark.parametrize("make", [lambda start: make_row(start, 30, 5, SYSTEM), lambda start: make_pair(start, SYSTEM)])
+def test_what_a_whole_set_begins_with_is_what_its_passes_share(make: Callable[[int], EncodedExample]) -> None:
+    rows = [make(100 * number) for number in range(1, 6)]
+    flat = flatten(pad_rows(rows, 0))
+    assert flat.spans[0] == Span(0, count_common_start(rows))
+    assert count_common_start(rows) == len(SYSTEM)
+    assert count_common_start([*rows, make_row(900, 30, 5)]) == 0
+    assert count_common_start(rows[:1]) == 0
+
+
+def test_a_large_set_is_asked_at_rows_spread_over_it() -> None:
+    rows = [make_row(100 * number, 30, 5, SYSTEM) for number in range(1, 3001)]
+    assert count_common_start(rows) == len(SYSTEM)
+    assert count_common_start([*rows, make_row(900, 30, 5)]) == 0  # the last one is always among them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ def make_recipe(**training: Any) -> Recipe:
             "data": {"train": "x.jsonl", "max_length": 128},
             "lora": {},
             "training": {"method": "sft", "batch_size": 4, **training},
+            "evaluation": {"batch_size": 8},
         }
     )
 
@@ -126,7 +128,7 @@ def test_equal_rows_repeat_the_longest_pass() -> None:
 def test_without_rows_the_most_that_the_recipe_allows_is_assumed() -> None:
     workload = assume_workload(make_recipe(), find_shape(), MACHINE)
     assert workload.training == (ForwardPass(1, 256, 254, masked=False),) * 2
-    assert workload.evaluation == (ForwardPass(1, 16 * 128, 16 * 127, masked=False),) * 2
+    assert workload.evaluation == (ForwardPass(1, 8 * 128, 8 * 127, masked=False),) * 2
 
 
 @pytest.mark.parametrize(
@@ -137,6 +139,36 @@ def test_the_automatic_size_gives_every_worker_a_share_within_the_budget(
     batch_size: int, longest: int, workers: int, budget: int, size: int
 ) -> None:
     assert choose_micro_batch_size(batch_size, longest, workers, budget) == size
+
+
+@pytest.mark.parametrize(
+    ("row", "shared", "size"),
+    [
+        (600, 500, 4),  # 900 tokens for four rows instead of 2,400
+        (600, 300, 1),  # two rows would be 900 tokens, and 1,200 apart
+        (225, 28, 1),
+        (100, 60, 4),  # 220 tokens, within the budget
+        (100, 0, 2),
+        (501, 500, 4),
+    ],
+)
+def test_rows_that_begin_alike_share_passes_that_may_be_twice_as_long_as_the_beginning(
+    row: int, shared: int, size: int
+) -> None:
+    assert choose_micro_batch_size(8, row, 2, 256, shared) == size
+
+
+def test_the_passes_that_are_foreseen_hold_a_common_beginning_once() -> None:
+    lengths, nothing = np.full(16, 120, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    plan = partial(
+        plan_workload, make_recipe(batch_size=8, micro_batch_size=4), find_shape(), MACHINE, (lengths, lengths - 100)
+    )
+    assert [item.length for item in plan((nothing, nothing)).training] == [480, 480]
+    assert [item.length for item in plan((nothing, nothing), 90).training] == [480 - 3 * 90] * 2
+    packed = plan_workload(
+        make_recipe(packing=True), find_shape(), MACHINE, (lengths, lengths - 100), (nothing, nothing), 90
+    )
+    assert packed.training[0].length == 128
 
 
 def test_passes_are_longer_where_each_writes_a_gradient_as_large_as_the_model() -> None:

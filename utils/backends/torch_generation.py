@@ -54,14 +54,12 @@ def generate(
         batch_size: prompts that are answered at once, or fewer (`limit_rows`).
         on_answer: called with the number of its tokens whenever an answer is complete.
     """
-    network: Any = model.network.eval()
+    model.network.eval()
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     long = [index for index in order if goes_beyond_context(model, len(prompts[index]), settings)]
     fitting = order[len(long) :]
     if fitting:
-        most = len(prompts[fitting[0]]) + settings.generation.max_new_tokens
-        config = network.config.get_text_config(decoder=True).to_dict()
-        batch_size = limit_rows(config, batch_size, most, model.plan.dtype.itemsize, model.plan.device)
+        batch_size = limit_batch(model, settings, batch_size, len(prompts[fitting[0]]))
     with torch.inference_mode():
         answers = {}
         for index in long:
@@ -78,6 +76,20 @@ def generate(
                     on_answer(len(ids))
     refuse_repacked(model.network)
     return [answers[index] for index in range(len(prompts))]
+
+
+def limit_batch(model: TorchModel, settings: GenerationSettings, batch_size: int, longest: int) -> int:
+    """Prompts at once, by the memory that is free (`limit_rows`).
+
+    Args:
+        longest: tokens of the longest prompt.
+    """
+    network: Any = model.network
+    config, tokens = (
+        network.config.get_text_config(decoder=True).to_dict(),
+        longest + settings.generation.max_new_tokens,
+    )
+    return limit_rows(config, batch_size, tokens, model.plan.dtype.itemsize, model.plan.device)
 
 
 def answer_batch(model: TorchModel, batch: Batch, settings: GenerationSettings) -> list[list[int]]:
