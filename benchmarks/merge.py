@@ -277,7 +277,7 @@ def measure(setup: str, folder: Path, limit: int = 0) -> Outcome:
     shutil.rmtree(target, ignore_errors=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return Outcome(error=lines[-1])
+        return Outcome(error=lines[-1].replace(str(folder), "…"))
     result = json.loads(done.stdout.splitlines()[-1])
     return Outcome(result["seconds"], result["peak"])
 

@@ -152,15 +152,20 @@ def count_shared(documents: Sequence[Document]) -> int:
     return limit if limit >= SHORTEST_SHARED else 0
 
 
-def count_common_start(examples: Sequence[EncodedExample]) -> int:
-    """Tokens that the passes over a set share whichever rows they hold; a rare row that begins otherwise may be missed."""
+def count_common_start(examples: Sequence[EncodedExample], lengths: Ids) -> int:
+    """Tokens that the passes over a set share whichever rows they hold; a rare row that begins otherwise may be missed.
+
+    Args:
+        lengths: tokens of each example, shape (examples,): none is shorter than what is shared.
+    """
     tried = np.unique(np.linspace(0, len(examples) - 1, min(TRIED_ROWS, len(examples)), dtype=np.int64))
     documents = []
     for index in tried:
         example = examples[int(index)]
         end = len(example.input_ids) if example.branch_starts is None else example.branch_starts[0]
         documents.append(Document(((example.input_ids[:end], np.append(False, example.loss_mask[1:end])),)))
-    return count_shared(documents)
+    shared = count_shared(documents)
+    return shared if shared < int(lengths.min()) else 0
 
 
 def find_first(mask: Mask) -> int:

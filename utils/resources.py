@@ -94,7 +94,7 @@ def make_predictor(
 ) -> Callable[[Recipe], MemoryEstimate]:
     """Gives a function that predicts the peak of this run under changed values, from the lengths of its examples."""
     held_out = (data.evaluation.lengths, data.evaluation.supervised)
-    train, shared = (data.train.lengths, data.train.supervised), count_common_start(data.train)
+    train, shared = (data.train.lengths, data.train.supervised), count_common_start(data.train, data.train.lengths)
     workload = plan_workload(recipe, shape, machine, train, held_out, shared)
     stored = measure_stored_bytes(source)
     if machine.backend == "mlx":

@@ -66,7 +66,7 @@ def choose_micro_batch_size(loaded: LoadedRecipe, preflight: Preflight, machine:
     row = workload.find_usual_length(lengths, runs_flat=machine.runs_flat)
     budget = workload.find_token_budget(loaded.recipe, machine.device, machine.token_budget)
     shares = machine.runs_flat and training.engine == "tunebook"
-    shared = count_common_start(preflight.data.train) if shares else 0
+    shared = count_common_start(preflight.data.train, lengths) if shares else 0
     size = workload.choose_micro_batch_size(training.batch_size, row, machine.workers, budget, shared)
     name = "mean" if machine.runs_flat else "longest"
     reason = f"{machine.workers} worker(s), {budget} tokens a forward pass, {name} example {row}"

@@ -111,13 +111,19 @@ def test_a_single_row_stays_as_it_is() -> None:
 def test_what_a_whole_set_begins_with_is_what_its_passes_share(make: Callable[[int], EncodedExample]) -> None:
     rows = [make(100 * number) for number in range(1, 6)]
     flat = flatten(pad_rows(rows, 0))
-    assert flat.spans[0] == Span(0, count_common_start(rows))
-    assert count_common_start(rows) == len(SYSTEM)
-    assert count_common_start([*rows, make_row(900, 30, 5)]) == 0
-    assert count_common_start(rows[:1]) == 0
+    assert flat.spans[0] == Span(0, count(rows))
+    assert count(rows) == len(SYSTEM)
+    assert count([*rows, make_row(900, 30, 5)]) == 0
+    assert count(rows[:1]) == 0
 
 
 def test_a_large_set_is_asked_at_rows_spread_over_it() -> None:
     rows = [make_row(100 * number, 30, 5, SYSTEM) for number in range(1, 3001)]
-    assert count_common_start(rows) == len(SYSTEM)
-    assert count_common_start([*rows, make_row(900, 30, 5)]) == 0  # the last one is always among them
+    assert count(rows) == len(SYSTEM)
+    assert count([*rows, make_row(900, 30, 5)]) == 0  # the last one is always among them
+    rows[1] = make_row(1, len(SYSTEM), 2)  # nobody asks the second one, but it is too short to begin so
+    assert count(rows) == 0
+
+
+def count(rows: list[EncodedExample]) -> int:
+    return count_common_start(rows, np.array([len(row.input_ids) for row in rows]))
