@@ -26,15 +26,8 @@ sys.path[0] = str(ROOT)
 from benchmarks.speed_process import Attempt, hold_lock  # noqa: E402
 from benchmarks.speed_report import PICTURE, RESULT, format_page, format_work, plot  # noqa: E402
 from benchmarks.speed_results import WorkResult, load_results, save_results, start_result, take_up  # noqa: E402
-from benchmarks.speed_sides import (  # noqa: E402
-    ENVIRONMENTS,
-    OURS,
-    SIDES,
-    Measurement,
-    Side,
-    prepare_environment,
-    run_side,
-)
+from benchmarks.speed_runs import ENVIRONMENTS, Measurement, prepare_environment, run_side  # noqa: E402
+from benchmarks.speed_sides import OURS, SIDES, Side  # noqa: E402
 from benchmarks.speed_work import WORKS, Work, prepare_work  # noqa: E402
 from utils.logging import set_up_logging  # noqa: E402
 from utils.machine import choose_dtype, inspect_machine  # noqa: E402

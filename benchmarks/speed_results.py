@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.speed_bound import NeededWork
-from benchmarks.speed_sides import OUR_SIDES, OURS, SIDES, Measurement
+from benchmarks.speed_runs import Measurement
+from benchmarks.speed_sides import OUR_SIDES, OURS, SIDES
 from benchmarks.speed_work import LORA, WORKS, PreparedWork
 from utils.model_source import ModelSource, iterate_tensor_shapes
 

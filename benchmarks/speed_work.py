@@ -8,23 +8,20 @@ question and query), `gsm8k_train.jsonl` ({"question", "answer"}) and `gsm8k_pre
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.speed_models import SEED, build_model, find_base
 from config.recipe_io import load_recipe
-from config.structured_config import ModelSection
 from utils.batching import iterate_windows
-from utils.model_source import DEFAULT_MODEL, ModelSource, find_model
+from utils.model_source import ModelSource
 from utils.piece_encoder import EncodedExample
 from utils.preflight import check_recipe
 
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "text_to_sql"
-SEED = 42
 LORA = {"r": 16, "alpha": 32.0}
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 IGNORED = -100  # the label of a token that is not learned, in every peer
 Row = dict[str, Any]
 
@@ -64,26 +61,6 @@ class Work:
         return self.architecture == "qwen2"
 
 
-# Random models, as fast as trained ones: four narrow layers, for MLX without a GPU; and Qwen2.5-0.5B's sizes, for GPUs.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "vocab_size": 49_152,
-    },
-    "qwen2": {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151_936,
-    },
-}
 WORKS = {
     work.name: work
     for work in (
@@ -168,26 +145,6 @@ def measure_square(example: EncodedExample) -> int:
     """L² of a row; of a pair, the squares of both conversations less that of their prompt."""
     prompt = 0 if example.branch_starts is None else example.branch_starts[0]
     return sum(length**2 for length in measure_rows(example)) - prompt**2
-
-
-def find_base() -> ModelSource:
-    """The embedded model, converted when it is asked for the first time."""
-    return find_model(ModelSection(name=DEFAULT_MODEL), "benchmark", with_weights=True)
-
-
-def build_model(architecture: str, folder: Path) -> ModelSource:
-    """A random model of one of `ARCHITECTURES`, with the embedded model's tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    base = find_base().folder
-    torch.manual_seed(SEED)
-    special = {name: getattr(AutoConfig.from_pretrained(base), name) for name in SPECIAL_TOKENS}
-    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture], **special, tie_word_embeddings=True)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy2(base / name, folder)
-    return find_model(ModelSection(name=str(folder)), "benchmark", with_weights=True)
 
 
 def prepare_work(work: Work, steps: int | None, rows_dir: Path | None, folder: Path) -> PreparedWork:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -353,3 +354,26 @@ def test_a_target_that_is_found_missing_after_loading_names_its_line(
     recipe = write_recipe(tmp_path, tiny_llama)
     with pytest.raises(RecipeError, match=r"--set lora\.target_modules: no module is called 'wrong\.q_proj'"):
         train.main(["--recipe", str(recipe), "--run", "run", "--set", "lora.target_modules=[wrong.q_proj]"])
+
+
+def test_rows_under_a_long_system_prompt_share_passes_and_learn_the_same(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path, tiny_llama, batch_size=16, max_steps=2)
+    system = "data.system=Answer with one query. " + "Keep the names. " * 10
+    runs = []
+    for name, size in (("shared", "auto"), ("alone", 1)):
+        overrides = [word for one in (system, f"training.micro_batch_size={size}") for word in ("--set", one)]
+        assert train.main(["--recipe", str(recipe), "--run", name, *overrides]) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        runs.append([[row["loss"], row["grad_norm"]] for row in map(json.loads, lines) if "loss" in row])
+    text = (tmp_path / "shared" / "recipe.yaml").read_text(encoding="utf-8")
+    found = re.search(
+        r"micro_batch_size: (\d+)  # auto: (\d+) worker.*, mean example (\d+), (\d+) at the beginning of all", text
+    )
+    assert found
+    size, workers, row, shared = map(int, found.groups())
+    assert 30 < shared < row
+    assert size == min(-(-16 // workers), (256 - shared) // (row - shared))
+    assert runs[0] == [pytest.approx(row, rel=1e-4) for row in runs[1]]

@@ -19,7 +19,8 @@ from benchmarks.speed_bound import NeededWork
 from benchmarks.speed_process import Attempt, execute, watch_lines
 from benchmarks.speed_report import format_work
 from benchmarks.speed_results import WorkResult, find_faults, load_results, save_results, summarise, take_up
-from benchmarks.speed_sides import OUR_SIDES, PEERS, SIDES, Measurement, Side
+from benchmarks.speed_runs import PEERS, Measurement
+from benchmarks.speed_sides import OUR_SIDES, SIDES, Side
 from benchmarks.speed_work import WORKS, convert_example, measure_rows, measure_square
 from benchmarks.tiny_models import make_llama_config
 from utils.piece_encoder import EncodedExample

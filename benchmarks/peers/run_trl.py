@@ -89,9 +89,8 @@ def make_settings(job: dict[str, Any], folder: str) -> dict[str, Any]:
     }
     if job["setting"] != "plain":
         trains_all = job["setting"] in TUNED and job["r"] is None
-        settings["bf16"] = (
-            trains_all and peer_job.computes_bfloat16_natively()
-        )  # weights in float32, products in bfloat16
+        # Weights that are all trained stay in float32, and their products are in bfloat16 where that is native.
+        settings["bf16"] = trains_all and peer_job.computes_bfloat16_natively()
     if job["setting"] in TUNED:
         rows = MICRO_BATCH if peer_job.find_gpu() is None else job["batch_size"]
         settings |= {
@@ -103,22 +102,17 @@ def make_settings(job: dict[str, Any], folder: str) -> dict[str, Any]:
     return settings
 
 
-def describe_model(job: dict[str, Any]) -> dict[str, Any]:
-    """What TRL's trainers are told to load, and to put around it."""
-    loading: dict[str, Any] = {"dtype": choose_dtype(job)}
-    if job["quantization"] == "nf4":
-        loading["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=getattr(torch, choose_dtype(job)),
-            bnb_4bit_use_double_quant=True,
-        )
-    told: dict[str, Any] = {"model_init_kwargs": loading}
-    if job["r"] is not None:
-        told["peft_config"] = LoraConfig(
-            r=job["r"], lora_alpha=job["alpha"], target_modules="all-linear", lora_dropout=0.0
-        )
-    return told
+def describe_loading(job: dict[str, Any]) -> dict[str, Any]:
+    """How TRL's trainers load the model."""
+    if job["quantization"] != "nf4":
+        return {"dtype": choose_dtype(job)}
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, choose_dtype(job)),
+        bnb_4bit_use_double_quant=True,
+    )
+    return {"dtype": choose_dtype(job), "quantization_config": quantization}
 
 
 def train(job: dict[str, Any], loaded: tuple[Any, Any] | None, dtype: str, packages: Sequence[str]) -> None:
@@ -138,9 +132,12 @@ def train(job: dict[str, Any], loaded: tuple[Any, Any] | None, dtype: str, packa
     with tempfile.TemporaryDirectory() as folder:
         settings = make_settings(job, folder)
         if loaded is None:
-            told = describe_model(job)
-            settings["model_init_kwargs"] = told.pop("model_init_kwargs")
-            trainer = kind(job["model"], args=config(**settings), **own, **told)
+            if job["r"] is not None:
+                own["peft_config"] = LoraConfig(
+                    r=job["r"], lora_alpha=job["alpha"], target_modules="all-linear", lora_dropout=0.0
+                )
+            settings["model_init_kwargs"] = describe_loading(job)
+            trainer = kind(job["model"], args=config(**settings), **own)
         else:
             settings["bf16"] = True  # Unsloth's adapters are in float32, and it computes under autocast
             trainer = kind(loaded[0], args=config(**settings), processing_class=loaded[1], **own)
