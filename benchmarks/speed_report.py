@@ -190,10 +190,9 @@ def plot(results: Sequence[WorkResult]) -> None:
     figure, axes = open_grid(len(results))
     for column, result in enumerate(results):
         top, bottom = axes[0][column], axes[1][column]
-        for position, each in enumerate(summarise(result, side) for side in result.list_sides()):
+        summaries = (summarise(result, side) for side in result.list_sides())
+        for position, each in enumerate(each for each in summaries if not each.faults):
             title = SIDES[each.side].title
-            if each.faults:
-                continue
             top.bar(position, each.speed, color=COLORS[each.side], label=title)
             losses = result.list_runs(each.side)[0].losses
             seen = [sum(result.tokens[: step + 1]) for step in range(len(losses))]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import resource
 import sys
 from dataclasses import replace
@@ -36,6 +37,7 @@ from utils.backends.mlx_model import MlxModel
 from utils.backends.mlx_step import MlxTrainStep
 from utils.batching import Batch, pad_prompts_left, pad_rows, split_rows
 from utils.exceptions import AdapterError, ModelLoadingError, RecipeError
+from utils.logging import get_logger
 from utils.mlx_support import check_model_format
 from utils.model_source import ModelSource
 from utils.piece_encoder import EncodedExample
@@ -271,6 +273,23 @@ def test_prompts_of_gemma2_get_the_same_answers_together_as_alone(tmp_path: Path
     prompts = [np.arange(3, 3 + length) for length in (3, 14, 8)]
     together = mlx_backend.generate(model, prompts, settings, 3)
     assert together == [mlx_backend.generate(model, [prompt], settings, 1)[0] for prompt in prompts]
+
+
+def test_fewer_prompts_are_answered_at_once_where_their_cache_might_not_fit(
+    llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = open_source(llama)
+    endless = replace(source, config={**source.config, "max_position_embeddings": 2**40})
+    model = replace(mlx_backend.load_model(source, make_recipe(llama)), source=endless)
+    generation = GenerationSection().model_copy(update={"max_new_tokens": 2**36})  # more than the machine can hold
+    everything = tuple(range(source.config["vocab_size"]))  # answers that may be long, and end at once
+    logger = get_logger()
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, logger.name)
+    prompts = [np.arange(3, 3 + length) for length in (3, 9, 6)]
+    assert mlx_backend.generate(model, prompts, GenerationSettings(generation, everything, 0), 3) == [[]] * 3
+    logger.removeHandler(caplog.handler)
+    assert "rows answered at once: 1 instead of 3" in caplog.text
 
 
 def test_importing_mlx_lm_leaves_the_number_of_open_files_alone(monkeypatch: pytest.MonkeyPatch) -> None:
