@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from config.recipe_rules import ON_ANSWERS, PAIR_METRICS
 from config.structured_config import MetricName, ModelSection, Recipe
-from utils.backends import Backend
+from utils.backends import Backend, MachineFacts
+from utils.batching import Batch, group_scored_rows, pad_rows
 from utils.examples import Example
 from utils.exceptions import DataError, TrainingError
+from utils.flat_batches import count_own_tokens
 from utils.inference import Responder, encode_prompts, make_settings
 from utils.methods.preference import Scorer, count_answers
-from utils.methods.sft import make_evaluation_batches
 from utils.metrics import (
     LOWER_IS_BETTER,
     Comparison,
@@ -28,6 +29,7 @@ from utils.metrics import (
     score_preferences,
 )
 from utils.model_source import ModelSource, find_model
+from utils.piece_encoder import EncodedExample
 from utils.preflight import Preflight
 from utils.progress import Progress
 from utils.run_folder import RunFolder
@@ -193,8 +195,8 @@ def measure_losses(backend: Backend, model: Any, preflight: Preflight, batch_siz
         TrainingError: the model gives a row a loss that is not finite.
     """
     pad = preflight.tokenizer.tokenizer.pad_token_id
-    budget = backend.describe_machine(model).token_budget
-    batches = make_evaluation_batches(preflight.data.evaluation, batch_size, budget, pad)
+    machine = backend.describe_machine(model)
+    batches = make_evaluation_batches(preflight.data.evaluation, machine, batch_size, pad)
     with Progress(title, len(preflight.data.evaluation), "rows") as progress:
         losses = backend.evaluate(model, batches, progress.advance)
     places = [place for batch in batches for row in batch.places for place in row]
@@ -204,6 +206,19 @@ def measure_losses(backend: Backend, model: Any, preflight: Preflight, batch_siz
             message = "the model gives a held-out row a loss that is not finite"
             raise TrainingError(message, where=place, fix=fix, code="not-finite")
     return losses
+
+
+def make_evaluation_batches(
+    examples: Sequence[EncodedExample], machine: MachineFacts, batch_size: int, pad_token_id: int
+) -> list[Batch]:
+    """Batches of like length; a mean over all tokens does not care about the order.
+
+    Args:
+        batch_size: most rows of a batch.
+    """
+    lengths = count_own_tokens(examples, runs_flat=machine.runs_flat)
+    groups = group_scored_rows(lengths, batch_size, machine.token_budget)
+    return [pad_rows([examples[index] for index in group], pad_token_id) for group in groups]
 
 
 def compute_mean_loss(losses: RowLosses) -> float:

@@ -21,6 +21,9 @@ Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 # Sharing takes one more piece of attention for each row; below this many tokens it would cost more than it saves.
 SHORTEST_SHARED = 8
+# A pass of its own for what all rows of a step begin with costs about as much as computing so many tokens; below, it would cost
+# more than it saves.
+PASS_COST = 48
 TRIED_ROWS = 1000  # of a set, spread over it, that are asked for what all rows begin with
 
 
@@ -67,16 +70,20 @@ class Document:
     parts: tuple[tuple[Ids, Mask], ...]
 
 
-def flatten(batch: Batch) -> FlatBatch:
+def flatten(batch: Batch, beginning: int = 0) -> FlatBatch:
     """Takes the padding out of a batch, and computes what its documents begin with together only once.
 
     The learned tokens keep the order that `batch.loss_mask` has, row by row.
+
+    Args:
+        beginning: first tokens of every document that another pass has computed (`find_beginning`): they are left out, and
+            every span sees them before all else.
     """
-    documents = [document for row in range(len(batch.input_ids)) for document in split_row(batch, row)]
-    shared = count_shared(documents)
+    documents = list_documents(batch)
+    shared = beginning or count_shared(documents)
     builder = FlatBuilder()
     before: tuple[tuple[int, int], ...] = ()
-    if shared:
+    if shared and not beginning:
         ids, mask = documents[0].parts[0]
         before = (builder.add(ids[:shared], mask[:shared], 0, ()),)
     for document in documents:
@@ -119,6 +126,30 @@ class FlatBuilder:
         return FlatBatch(ids, positions, tuple(self.spans), sources, targets)
 
 
+def find_beginning(batches: Sequence[Batch]) -> Ids | None:
+    """The tokens that all documents of some passes begin with, shape (tokens,); None where a pass for them does not pay."""
+    documents = [document for batch in batches for document in list_documents(batch)]
+    shared = count_shared(documents)
+    return documents[0].parts[0][0][:shared] if pays_off(shared, len(batches)) else None
+
+
+def pays_off(shared: int, passes: int) -> bool:
+    """True if what so many passes share is better computed by one more pass than in each of them."""
+    return shared >= SHORTEST_SHARED and shared * (passes - 1) > PASS_COST
+
+
+def make_stretch(ids: Ids) -> FlatBatch:
+    """A batch of one stretch in which nothing is learned."""
+    builder = FlatBuilder()
+    builder.add(ids, np.zeros(len(ids), dtype=np.bool_), 0, ())
+    return builder.build()
+
+
+def list_documents(batch: Batch) -> list[Document]:
+    """The documents of a batch, row by row."""
+    return [document for row in range(len(batch.input_ids)) for document in split_row(batch, row)]
+
+
 def split_row(batch: Batch, row: int) -> list[Document]:
     """The documents of one row: several where it is packed, and the stem and both branches where it holds a pair."""
     length = int(batch.lengths[row])
@@ -158,6 +189,8 @@ def count_common_start(examples: Sequence[EncodedExample], lengths: Ids) -> int:
     Args:
         lengths: tokens of each example, shape (examples,): none is shorter than what is shared.
     """
+    if len(examples) < 2:
+        return 0
     tried = np.unique(np.linspace(0, len(examples) - 1, min(TRIED_ROWS, len(examples)), dtype=np.int64))
     documents = []
     for index in tried:
@@ -166,6 +199,12 @@ def count_common_start(examples: Sequence[EncodedExample], lengths: Ids) -> int:
         documents.append(Document(((example.input_ids[:end], np.append(False, example.loss_mask[1:end])),)))
     shared = count_shared(documents)
     return shared if shared < int(lengths.min()) else 0
+
+
+def count_own_tokens(examples: Sequence[EncodedExample], *, runs_flat: bool) -> Ids:
+    """Tokens that a pass over many examples computes for each alone, shape (examples,)."""
+    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
+    return lengths - count_common_start(examples, lengths) if runs_flat else lengths
 
 
 def find_first(mask: Mask) -> int:

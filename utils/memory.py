@@ -138,7 +138,10 @@ def measure_training(recipe: Recipe, shape: ModelShape, machine: Machine, worklo
     # The head and the input embedding each get a gradient, also where they share their weights.
     if recipe.lora is None and machine.device == "cpu":
         gradients += embedding * len(passes)
-    heap = int((REPEATED_GROWTH if workload.repeated else HEAP_GROWTH) * (sum(held) + gradients))
+    beginning = ForwardPass(1, workload.beginning, 0, masked=False)
+    activations.append(count_activations(recipe, shape, beginning, size, machine.device))
+    live = sum(activations) + sum(logits) + gradients
+    heap = int((REPEATED_GROWTH if workload.repeated else HEAP_GROWTH) * live)
     if recipe.training.gradient_checkpointing is True:
         layers = (item.tokens * count_layer(recipe, shape, item, size, machine.device) for item in passes)
         heap += int(CHECKPOINT_GAPS * shape.layers * sum(layers))

@@ -30,7 +30,7 @@ from utils.model_shape import ModelShape, measure_shape, silence
 from utils.model_source import ModelSource
 from utils.prepared_data import PreparedData
 from utils.progress import format_seconds
-from utils.workload import plan_workload
+from utils.workload import Rows, plan_workload
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,11 @@ def make_predictor(
     recipe: Recipe, source: ModelSource, data: PreparedData, machine: Machine, shape: ModelShape
 ) -> Callable[[Recipe], MemoryEstimate]:
     """Gives a function that predicts the peak of this run under changed values, from the lengths of its examples."""
-    held_out = (data.evaluation.lengths, data.evaluation.supervised)
-    train, shared = (data.train.lengths, data.train.supervised), count_common_start(data.train, data.train.lengths)
-    workload = plan_workload(recipe, shape, machine, train, held_out, shared)
+    train, held_out = (
+        Rows(rows.lengths, rows.supervised, count_common_start(rows, rows.lengths))
+        for rows in (data.train, data.evaluation)
+    )
+    workload = plan_workload(recipe, shape, machine, train, held_out)
     stored = measure_stored_bytes(source)
     if machine.backend == "mlx":
         kept = stored if is_stored_quantised(source.config) else None

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from config.structured_config import Recipe
 from utils.batching import group_rows, group_scored_rows, iterate_windows
+from utils.flat_batches import pays_off
 from utils.machine import Machine
 from utils.model_shape import ModelShape
 
@@ -47,6 +48,20 @@ class ForwardPass:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Sizes of a set's examples.
+
+    Attributes:
+        lengths, supervised: tokens and learned tokens of each, both of shape (examples,).
+        shared: tokens that all of them begin with (`count_common_start`).
+    """
+
+    lengths: Lengths
+    supervised: Lengths
+    shared: int = 0
+
+
+@dataclass(frozen=True)
 class Workload:
     """What runs side by side when a run needs most memory.
 
@@ -55,12 +70,15 @@ class Workload:
         micro_batches: of a whole step.
         repeated: micro-batches that come later in the step are as long as these.
         evaluation: batches of held-out rows that are scored at the same time; none without held-out rows.
+        beginning: tokens that all rows of a step begin with, computed once and kept while its passes run; 0 where each pass
+            computes them.
     """
 
     training: tuple[ForwardPass, ...]
     micro_batches: int
     repeated: bool
     evaluation: tuple[ForwardPass, ...]
+    beginning: int = 0
 
 
 def find_token_budget(recipe: Recipe, device: str, token_budget: int) -> int:
@@ -74,14 +92,11 @@ def find_token_budget(recipe: Recipe, device: str, token_budget: int) -> int:
 def choose_micro_batch_size(batch_size: int, row: int, workers: int, token_budget: int, shared: int = 0) -> int:
     """What `micro_batch_size: auto` becomes: every worker gets a share of the step, within a token budget for a forward pass.
 
-    What all rows begin with is computed once in a pass, so passes may be twice as long as that: each row more in one saves it.
-
     Args:
         row: tokens that a row of a forward pass takes (`find_usual_length`).
-        shared: of them, those that all rows begin with and that a pass computes once.
+        shared: of them, those that all rows begin with, and that are computed once for many.
     """
-    room = max(token_budget, 2 * shared) - shared
-    return max(1, min(-(-batch_size // workers), room // (row - shared)))
+    return max(1, min(-(-batch_size // workers), token_budget // (row - shared)))
 
 
 def find_usual_length(lengths: Lengths, *, runs_flat: bool) -> int:
@@ -122,72 +137,60 @@ def assume_workload(recipe: Recipe, shape: ModelShape, machine: Machine) -> Work
     """The most that a recipe allows, before its rows are known: every example as long as `max_length`, all of it learned."""
     count = max(recipe.training.batch_size, recipe.evaluation.batch_size * machine.workers)
     lengths = np.full(count, recipe.data.max_length, dtype=np.int64)
-    nothing = np.zeros(0, dtype=np.int64)
+    rows = Rows(lengths, lengths - 1)
     holds_out = recipe.data.eval is not None or recipe.data.eval_fraction > 0
-    held_out = (lengths, lengths - 1) if holds_out else (nothing, nothing)
-    return plan_workload(recipe, shape, machine, (lengths, lengths - 1), held_out)
+    return plan_workload(recipe, shape, machine, rows, rows if holds_out else Rows(lengths[:0], lengths[:0]))
 
 
-def plan_workload(
-    recipe: Recipe,
-    shape: ModelShape,
-    machine: Machine,
-    train: tuple[Lengths, Lengths],
-    held_out: tuple[Lengths, Lengths],
-    shared: int = 0,
-) -> Workload:
+def plan_workload(recipe: Recipe, shape: ModelShape, machine: Machine, train: Rows, held_out: Rows) -> Workload:
     """Finds the worst step of a run and its worst evaluation batches.
 
     Args:
-        train: tokens and learned tokens of every training example, each of shape (examples,).
-        held_out: the same of the held-out examples, possibly empty.
-        shared: tokens that all training examples begin with (`count_common_start`).
+        held_out: possibly of no example.
     """
+    training, is_flat = recipe.training, expect_flat(recipe, shape, machine)
     if recipe.reward:  # one number for an answer instead of logits over the vocabulary
-        train, held_out = (train[0], np.zeros_like(train[1])), (held_out[0], np.zeros_like(held_out[1]))
-    lengths, supervised = train
-    training = recipe.training
-    workers = count_training_workers(recipe, shape, machine)
-    size, is_flat = training.micro_batch_size, expect_flat(recipe, shape, machine)
-    shared = shared if is_flat and not training.packing else 0
+        train, held_out = (replace(rows, supervised=np.zeros_like(rows.supervised)) for rows in (train, held_out))
+    if not is_flat:
+        train, held_out = replace(train, shared=0), replace(held_out, shared=0)
+    if training.packing:
+        train = replace(train, shared=0)
+    workers, size = count_training_workers(recipe, shape, machine), training.micro_batch_size
     if not isinstance(size, int):
-        row = find_usual_length(lengths, runs_flat=is_flat)
+        row = find_usual_length(train.lengths, runs_flat=is_flat)
         budget = find_token_budget(recipe, machine.device, machine.token_budget)
-        size = choose_micro_batch_size(training.batch_size, row, machine.workers, budget, shared)
+        size = choose_micro_batch_size(training.batch_size, row, machine.workers, budget, train.shared)
     worst: tuple[float, Workload | None] = (-1.0, None)
-    epochs = 1 if training.max_steps else max(1, round(training.epochs))
-    windows = (
-        w for epoch in range(epochs) for w in iterate_windows(len(lengths), training.batch_size, recipe.seed, epoch)
-    )
+    epochs, count = 1 if training.max_steps else max(1, round(training.epochs)), len(train.lengths)
+    windows = (w for epoch in range(epochs) for w in iterate_windows(count, training.batch_size, recipe.seed, epoch))
     for window in islice(windows, min(training.max_steps or MAX_WINDOWS, MAX_WINDOWS)):
+        rows, beginning = replace(train, lengths=train.lengths[window], supervised=train.supervised[window]), 0
         if training.packing:
-            passes = pack_passes(lengths[window], supervised[window], recipe.data.max_length)
+            passes = pack_passes(rows, recipe.data.max_length)
         else:
-            passes = cut_passes(
-                lengths[window], supervised[window], size, is_flat=is_flat, evenly=is_flat, shared=shared
-            )
+            groups = group_rows(len(window), size, evenly=is_flat)
+            beginning = rows.shared if pays_off(rows.shared, len(groups)) else 0
+            order = np.argsort(-rows.lengths, kind="stable")
+            passes = make_passes(rows, [order[group].tolist() for group in groups], beginning, is_flat=is_flat)
         if machine.backend == "mlx":
-            passes = [see_as_plain_rows(item, recipe, lengths) for item in passes]
+            passes = [see_as_plain_rows(item, recipe, train.lengths) for item in passes]
         cost = sum(weigh(item, shape) for item in passes[:workers])
         if cost > worst[0]:
-            worst = cost, Workload(tuple(passes[:workers]), len(passes), repeats_itself(passes, workers), ())
+            together = tuple(passes[:workers])
+            worst = cost, Workload(together, len(passes), repeats_itself(passes, workers), (), beginning)
     if machine.backend == "mlx" and recipe.dpo is not None and recipe.dpo.reference == "precomputed":
         # The reference scores every pair before the first step.
-        held_out = np.concatenate([train[0], held_out[0]]), np.concatenate([train[1], held_out[1]])
+        lengths = np.concatenate([train.lengths, held_out.lengths])
+        supervised = np.concatenate([train.supervised, held_out.supervised])
+        held_out = Rows(lengths, supervised)
     assert worst[1] is not None
     return replace(worst[1], evaluation=plan_scoring(recipe, machine, held_out, is_flat=is_flat))
 
 
-def plan_scoring(
-    recipe: Recipe, machine: Machine, rows: tuple[Lengths, Lengths], *, is_flat: bool
-) -> tuple[ForwardPass, ...]:
-    """The largest passes without gradients that run side by side.
-
-    Args:
-        rows: tokens and learned tokens of every example that is scored, each of shape (examples,).
-    """
-    groups = group_scored_rows(rows[0], count_scored_rows(recipe), machine.token_budget)
-    passes = make_passes(*rows, groups, is_flat=is_flat)[: machine.workers]
+def plan_scoring(recipe: Recipe, machine: Machine, rows: Rows, *, is_flat: bool) -> tuple[ForwardPass, ...]:
+    """The largest passes without gradients that run side by side."""
+    groups = group_scored_rows(rows.lengths - rows.shared, count_scored_rows(recipe), machine.token_budget)
+    passes = make_passes(rows, groups, is_flat=is_flat)[: machine.workers]
     unrolls = machine.backend == "mlx" and recipe.training.learns_pairs
     return tuple(unroll_pass(item) if unrolls else item for item in passes)
 
@@ -217,37 +220,32 @@ def weigh(item: ForwardPass, shape: ModelShape) -> float:
     return item.tokens * token + 3 * item.supervised * shape.vocabulary
 
 
-def cut_passes(
-    lengths: Lengths, supervised: Lengths, size: int, *, is_flat: bool = False, evenly: bool = False, shared: int = 0
-) -> list[ForwardPass]:
-    """Cuts examples into passes of `size` rows as `make_micro_batches` does, the largest first; without padding a pass is one
-    long row."""
-    order = np.argsort(-lengths, kind="stable")
-    groups = [order[group].tolist() for group in group_rows(len(order), size, evenly=evenly)]
-    return make_passes(lengths, supervised, groups, is_flat=is_flat, shared=shared)
+def make_passes(rows: Rows, groups: Sequence[Sequence[int]], beginning: int = 0, *, is_flat: bool) -> list[ForwardPass]:
+    """The passes of grouped examples, the largest first; without padding, a pass is one long row.
 
-
-def make_passes(
-    lengths: Lengths, supervised: Lengths, groups: Sequence[Sequence[int]], *, is_flat: bool, shared: int = 0
-) -> list[ForwardPass]:
-    """The passes of grouped examples, the largest first; the first of each group is its longest."""
-    passes = [
-        ForwardPass(
+    Args:
+        groups: indices into the rows; the first of each is its longest.
+        beginning: tokens of each row that another pass computes; where there is none, a pass computes once what is shared.
+    """
+    passes = []
+    for group in groups:
+        once = len(group) * beginning or (len(group) - 1) * rows.shared
+        longest, shortest = (int(rows.lengths[group[place]]) for place in (0, -1))
+        item = ForwardPass(
             rows=1 if is_flat else len(group),
-            length=int(lengths[list(group)].sum() - (len(group) - 1) * shared if is_flat else lengths[group[0]]),
-            supervised=int(supervised[list(group)].sum()),
-            masked=not is_flat and bool(lengths[group[0]] != lengths[group[-1]]),
+            length=int(rows.lengths[list(group)].sum()) - once if is_flat else longest,
+            supervised=int(rows.supervised[list(group)].sum()),
+            masked=not is_flat and longest != shortest,
         )
-        for group in groups
-    ]
+        passes.append(item)
     return sorted(passes, key=lambda item: item.tokens, reverse=True)
 
 
-def pack_passes(lengths: Lengths, supervised: Lengths, pack_length: int) -> list[ForwardPass]:
+def pack_passes(rows: Rows, pack_length: int) -> list[ForwardPass]:
     """Packs examples into rows of at most `pack_length` tokens; in full rows the learned tokens are spread evenly."""
-    total, learned = int(lengths.sum()), int(supervised.sum())
+    total, learned = int(rows.lengths.sum()), int(rows.supervised.sum())
     count = max(1, -(-total // pack_length))
     row = ForwardPass(
-        1, min(total, pack_length), min(learned, -(-learned // count)), masked=count > 1 or len(lengths) > 1
+        1, min(total, pack_length), min(learned, -(-learned // count)), masked=count > 1 or len(rows.lengths) > 1
     )
     return [row] * count

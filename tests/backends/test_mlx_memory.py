@@ -23,7 +23,7 @@ from utils.mlx_memory import estimate_mlx_memory
 from utils.model_shape import read_shape
 from utils.model_source import ModelSource
 from utils.piece_encoder import EncodedExample
-from utils.workload import ForwardPass, plan_workload, unroll_pass
+from utils.workload import ForwardPass, Rows, plan_workload, unroll_pass
 
 pytestmark = pytest.mark.slow
 METAL = Machine("metal", 2, 1, 2048, 64 << 30, None, quick_bfloat16=True, backend="mlx")
@@ -108,7 +108,7 @@ def test_a_step_takes_about_what_was_predicted(name: str) -> None:
     shape = read_shape({**LLAMA, "vocab_size": case.vocabulary})
     assert shape is not None
     lengths = np.full(case.rows, case.length)
-    rows, nothing = (lengths, np.full(case.rows, case.learned)), (lengths[:0], lengths[:0])
+    rows, nothing = Rows(lengths, np.full(case.rows, case.learned)), Rows(lengths[:0], lengths[:0])
     workload = plan_workload(recipe, shape, METAL, rows, nothing)
     assert estimate_mlx_memory(recipe, shape, METAL, workload).total == pytest.approx(measured, rel=0.2)
 

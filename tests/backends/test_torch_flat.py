@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from config.structured_config import LoraSection, Recipe
 from tests.backends.test_families import CONFIGS, OTHERS, open_source
-from utils.backends import torch_backend, torch_head
+from utils import flat_batches
+from utils.backends import torch_backend, torch_beginning, torch_head
+from utils.backends.torch_beginning import Beginning, compute_beginning
 from utils.backends.torch_head import Head, compute_losses, find_head
 from utils.backends.torch_lora import FusedLinear
 from utils.backends.torch_losses import compute_token_losses
 from utils.backends.torch_model import TorchModel
-from utils.batching import Batch, pad_rows
+from utils.batching import Batch, pad_rows, split_rows
 from utils.piece_encoder import EncodedExample
 
 pytestmark = pytest.mark.slow
@@ -86,6 +89,83 @@ def test_losses_and_gradients_are_those_of_padded_rows(name: str, everything: bo
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
     for parameter_name, gradient in plain.items():
         torch.testing.assert_close(gradients[parameter_name], gradient, rtol=1e-3, atol=2e-4)
+
+
+def take_step(model: TorchModel, recipe: Recipe, batches: Sequence[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients that a step adds up over its micro-batches."""
+    step = torch_backend.make_step(model, recipe)
+    model.network.train()
+    loss = step._accumulate(batches, sum(batch.supervised_tokens for batch in batches))
+    gradients = {name: p.grad for name, p in model.network.named_parameters() if p.grad is not None}
+    step.optimizer.zero_grad()
+    return loss, gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        *((name, None) for name in sorted({*CONFIGS, "cohere", "granite", "mixtral", "qwen3_moe"} - PADDED)),
+        *((name, {}) for name in ("llama", "gpt2", "gemma3_text")),
+        ("llama", {"r": 4, "alpha": 8, "target_modules": ["q_proj"]}),  # keys of the first layer have no gradient
+        ("llama", {"r": 4, "alpha": 8, "target_modules": ["1.mlp.down_proj"]}),  # nor any other
+    ],
+)
+def test_a_step_that_computes_the_beginning_of_its_rows_once_gives_the_gradient_of_padded_rows(
+    name: str, lora: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flat_batches, "PASS_COST", 0)
+    model, recipe = load(name, tmp_path, lora)
+    batches = split_rows([make_batch()])
+    beginning = compute_beginning(model, batches)
+    assert beginning is not None
+    assert beginning.tokens == 12
+    loss, gradients = take_step(model, recipe, batches)
+    expected, plain = take_step(replace(model, runs_flat=False), recipe, batches)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert plain.keys() == gradients.keys()
+    for parameter_name, gradient in plain.items():
+        torch.testing.assert_close(gradients[parameter_name], gradient, rtol=1e-3, atol=2e-4)
+
+
+def test_rows_of_a_step_that_begin_otherwise_share_nothing(tmp_path: Path) -> None:
+    model, _ = load("llama", tmp_path)
+    batches = split_rows([make_batch()]) * 3
+    assert compute_beginning(model, batches) is not None
+    assert compute_beginning(replace(model, runs_flat=False), batches) is None
+    assert compute_beginning(model, batches[:1]) is None
+    other = batches[0].input_ids.copy()
+    other[0, 2] += 1
+    assert compute_beginning(model, [*batches, replace(batches[0], input_ids=other)]) is None
+
+
+def test_checkpointing_forms_the_beginning_again_with_the_same_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flat_batches, "PASS_COST", 0)
+    model, recipe = load("llama", tmp_path)
+    batches = split_rows([make_batch()])
+    loss, gradients = take_step(model, recipe, batches)
+    training = recipe.training.model_copy(update={"gradient_checkpointing": True})
+    again, formed = take_step(model, recipe.model_copy(update={"training": training}), batches)
+    assert model.base.is_gradient_checkpointing
+    assert again == loss
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(formed[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_held_out_rows_lose_the_same_behind_a_beginning_that_is_computed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load("llama", tmp_path)
+    batches = split_rows([make_batch()])
+    plain = torch_backend.evaluate(replace(model, runs_flat=False), batches)
+    monkeypatch.setattr(flat_batches, "PASS_COST", 0)
+    passes = []
+    monkeypatch.setattr(torch_beginning, "Beginning", lambda *words: passes.append(Beginning(*words)) or passes[-1])
+    for (ours, count), (theirs, expected) in zip(torch_backend.evaluate(model, batches), plain, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert count == expected
+    assert [beginning.tokens for beginning in passes] == [12]
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])

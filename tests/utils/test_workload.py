@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,8 @@ from utils.model_shape import ModelShape, read_shape
 from utils.tokenizer_utils import EncodedExample
 from utils.workload import (
     ForwardPass,
+    Rows,
+    Workload,
     assume_workload,
     choose_micro_batch_size,
     count_training_workers,
@@ -61,8 +64,8 @@ def make_examples(count: int) -> list[EncodedExample]:
     return examples
 
 
-def measure(examples: list[EncodedExample]) -> tuple[np.ndarray, np.ndarray]:
-    return (
+def measure(examples: list[EncodedExample]) -> Rows:
+    return Rows(
         np.array([len(example.input_ids) for example in examples], dtype=np.int64),
         np.array([example.supervised_tokens for example in examples], dtype=np.int64),
     )
@@ -104,14 +107,14 @@ def test_a_long_row_that_appears_once_is_found() -> None:
     lengths = np.full(1000, 10, dtype=np.int64)
     lengths[777] = 128
     nothing = np.zeros(0, dtype=np.int64)
-    workload = plan_workload(make_recipe(), find_shape(), MACHINE, (lengths, lengths - 1), (nothing, nothing))
+    workload = plan_workload(make_recipe(), find_shape(), MACHINE, Rows(lengths, lengths - 1), Rows(nothing, nothing))
     assert workload.training[0].length == 128 + 10
     assert workload.evaluation == ()
 
 
 def test_packed_rows_are_as_long_as_allowed() -> None:
     lengths = np.full(100, 50, dtype=np.int64)
-    train = lengths, lengths // 2
+    train = Rows(lengths, lengths // 2)
     workload = plan_workload(make_recipe(packing=True), find_shape(), MACHINE, train, train)
     assert workload.training == (ForwardPass(1, 128, 50, masked=True),) * 2
     assert not workload.repeated
@@ -120,7 +123,7 @@ def test_packed_rows_are_as_long_as_allowed() -> None:
 def test_equal_rows_repeat_the_longest_pass() -> None:
     lengths = np.full(100, 50, dtype=np.int64)
     workload = plan_workload(
-        make_recipe(micro_batch_size=1), find_shape(), MACHINE, (lengths, lengths), (lengths, lengths)
+        make_recipe(micro_batch_size=1), find_shape(), MACHINE, Rows(lengths, lengths), Rows(lengths, lengths)
     )
     assert workload.repeated
 
@@ -142,33 +145,37 @@ def test_the_automatic_size_gives_every_worker_a_share_within_the_budget(
 
 
 @pytest.mark.parametrize(
-    ("row", "shared", "size"),
-    [
-        (600, 500, 4),  # 900 tokens for four rows instead of 2,400
-        (600, 300, 1),  # two rows would be 900 tokens, and 1,200 apart
-        (225, 28, 1),
-        (100, 60, 4),  # 220 tokens, within the budget
-        (100, 0, 2),
-        (501, 500, 4),
-    ],
+    ("row", "shared", "size"), [(600, 500, 2), (600, 300, 1), (225, 28, 1), (100, 60, 4), (100, 0, 2), (501, 500, 4)]
 )
-def test_rows_that_begin_alike_share_passes_that_may_be_twice_as_long_as_the_beginning(
-    row: int, shared: int, size: int
-) -> None:
+def test_what_all_rows_begin_with_takes_no_room_in_a_pass(row: int, shared: int, size: int) -> None:
     assert choose_micro_batch_size(8, row, 2, 256, shared) == size
 
 
 def test_the_passes_that_are_foreseen_hold_a_common_beginning_once() -> None:
-    lengths, nothing = np.full(16, 120, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    lengths, nothing = np.full(16, 120, dtype=np.int64), Rows(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+
+    def plan(shared: int, **training: Any) -> Workload:
+        recipe = make_recipe(**{"batch_size": 8, "micro_batch_size": 4, **training})
+        return plan_workload(recipe, find_shape(), MACHINE, Rows(lengths, lengths - 100, shared), nothing)
+
+    def measure_passes(workload: Workload) -> tuple[list[int], int]:
+        return [item.length for item in workload.training], workload.beginning
+
+    assert measure_passes(plan(0)) == ([480, 480], 0)
+    assert measure_passes(plan(90)) == ([4 * 30] * 2, 90)
+    assert measure_passes(plan(20)) == ([480 - 3 * 20] * 2, 0)  # two passes: one more would cost more than it saves
+    assert measure_passes(plan(20, micro_batch_size=2)) == ([2 * 100] * 2, 20)
+    assert measure_passes(plan(90, packing=True, micro_batch_size="auto")) == ([128] * 2, 0)
+    assert measure_passes(plan(90, neftune_alpha=5.0)) == ([120], 0)
+
+
+def test_held_out_rows_that_begin_alike_are_scored_many_at_once() -> None:
+    lengths = np.full(16, 120, dtype=np.int64)
     plan = partial(
-        plan_workload, make_recipe(batch_size=8, micro_batch_size=4), find_shape(), MACHINE, (lengths, lengths - 100)
+        plan_workload, make_recipe(), find_shape(), replace(MACHINE, token_budget=256), Rows(lengths, lengths - 100)
     )
-    assert [item.length for item in plan((nothing, nothing)).training] == [480, 480]
-    assert [item.length for item in plan((nothing, nothing), 90).training] == [480 - 3 * 90] * 2
-    packed = plan_workload(
-        make_recipe(packing=True), find_shape(), MACHINE, (lengths, lengths - 100), (nothing, nothing), 90
-    )
-    assert packed.training[0].length == 128
+    assert [item.length for item in plan(Rows(lengths, lengths - 100)).evaluation] == [8 * 120] * 2
+    assert [item.length for item in plan(Rows(lengths, lengths - 100, 90)).evaluation] == [90 + 8 * 30] * 2
 
 
 def test_passes_are_longer_where_each_writes_a_gradient_as_large_as_the_model() -> None:

@@ -6,7 +6,9 @@ attention does: generation, and models in hands other than ours, see no differen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from utils.flat_batches import Span
 
 NAME = "tunebook"
+KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 def register() -> None:
@@ -27,66 +30,99 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What the tokens of a flat batch see.
+
+    Attributes:
+        spans: of the batch.
+        first: keys and values that every span sees before all else, by attention module, each of shape (1, key heads, tokens,
+            width); None where there are none.
+        kept: takes keys and values of every module, for passes whose rows begin with these tokens; None keeps nothing.
+        masks: those of the spans, by window, made once for all layers.
+    """
+
+    spans: Sequence[Span]
+    first: Mapping[nn.Module, KeysValues] | None = None
+    kept: dict[nn.Module, KeysValues] | None = None
+    masks: dict[tuple[Span, int | None], torch.Tensor | None] = field(default_factory=dict)
+
+
 def attend(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    spans: Sequence[Span] | None = None,
+    sight: Sight | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface.
 
     Args:
-        query: shape (1, heads, tokens, width) where there are spans.
+        query: shape (1, heads, tokens, width) where there is a sight.
         key, value: the same with as many heads or fewer, each for a group of query heads.
-        spans: of the flat batch, or None for a padded one.
+        sight: of the flat batch, or None for a padded one.
 
     Returns:
         Shape (1, tokens, heads, width), and no probabilities.
     """
-    if spans is None:
+    if sight is None:
         padded: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
         return padded
+    if sight.kept is not None:
+        sight.kept.setdefault(module, (key, value))  # checkpointing comes here twice
     scale, window = others.get("scaling"), others.get("sliding_window")
-    parts = [attend_span(query, key, value, span, scale, window) for span in spans]
+    first = None if sight.first is None else sight.first[module]
+    parts = []
+    for span in sight.spans:
+        keys, values = gather(key, first and first[0], span), gather(value, first and first[1], span)
+        mask = find_mask(sight, span, keys, window)
+        result = functional.scaled_dot_product_attention(
+            query[:, :, span.start : span.end],
+            keys,
+            values,
+            mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        parts.append(result)
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return whole.transpose(1, 2), None
 
 
-def attend_span(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, span: Span, scale: float | None, window: int | None
-) -> torch.Tensor:
-    """Attention of one span, shape (1, heads, tokens of the span, width).
-
-    Args:
-        scale: of the products of queries and keys; None for 1 / sqrt(width).
-        window: tokens that a query sees, itself included; None for all before it.
-    """
-    keys, values = gather(key, span), gather(value, span)
-    mask = make_mask(span, keys.shape[2], window, key.device)
-    return functional.scaled_dot_product_attention(
-        query[:, :, span.start : span.end],
-        keys,
-        values,
-        mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=key.shape[1] != query.shape[1],
-    )
-
-
-def gather(tensor: torch.Tensor, span: Span) -> torch.Tensor:
+def gather(tensor: torch.Tensor, first: torch.Tensor | None, span: Span) -> torch.Tensor:
     """Keys or values that a span sees, (1, heads, tokens, width) → (1, heads, seen, width)."""
     parts = [tensor[:, :, start:end] for start, end in (*span.before, (span.start, span.end))]
+    parts = parts if first is None else [first, *parts]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def make_mask(span: Span, seen: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Which keys each query sees, bool, shape (tokens of the span, seen); None for the plain triangle."""
-    own = span.end - span.start
+def find_mask(sight: Sight, span: Span, keys: torch.Tensor, window: int | None) -> torch.Tensor | None:
+    """The mask of a span's queries; made for the first layer with this window, and kept in the sight for the others.
+
+    Args:
+        keys: that the span sees, shape (1, heads, seen, width).
+        window: tokens that a query sees, itself included; None for all before it.
+    """
+    name = span, window
+    if name not in sight.masks:
+        sight.masks[name] = make_mask(span.end - span.start, keys.shape[2], window, keys)
+    return sight.masks[name]
+
+
+def make_mask(own: int, seen: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+    """What is added to the scores of each query and key: 0, or minus infinity where the query does not see the key.
+
+    A mask of True and False would be turned into this one in every layer, and kept there for the backward pass.
+
+    Returns:
+        Shape (own, seen), in the number format of `like` and on its device; None for the plain triangle.
+    """
     if seen == own and (window is None or window >= seen):
         return None
-    mask = torch.ones(own, seen, dtype=torch.bool, device=device).tril_(seen - own)
-    return mask if window is None else mask.triu_(seen - own - window + 1)
+    visible = torch.ones(own, seen, dtype=torch.bool, device=like.device).tril_(seen - own)
+    if window is not None:
+        visible = visible.triu_(seen - own - window + 1)
+    return torch.zeros(own, seen, dtype=like.dtype, device=like.device).masked_fill_(~visible, -math.inf)

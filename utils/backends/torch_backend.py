@@ -26,12 +26,13 @@ from utils.backends.torch_adapter_files import load_adapter as load_adapter
 from utils.backends.torch_adapter_files import merge_adapter as merge_adapter
 from utils.backends.torch_adapter_files import save_weights as save_weights
 from utils.backends.torch_adapters import attach_lora as attach_lora
+from utils.backends.torch_beginning import Beginning, score_side_by_side
 from utils.backends.torch_gated import keep_less
 from utils.backends.torch_generation import generate as generate
 from utils.backends.torch_generation import stream as stream
 from utils.backends.torch_layout import choose_layout
 from utils.backends.torch_losses import compute_token_losses
-from utils.backends.torch_model import TorchModel, run_side_by_side
+from utils.backends.torch_model import TorchModel
 from utils.backends.torch_norms import form_norms_again
 from utils.backends.torch_preference import compare_pairs as compare_pairs
 from utils.backends.torch_preference import score_pairs as score_pairs
@@ -201,12 +202,12 @@ def evaluate(
 ) -> list[tuple[float, int]]:
     """Sum of the negative log-likelihood in nats, and supervised tokens, of every row in order."""
 
-    def score(batch: Batch) -> list[tuple[float, int]]:
-        losses = compute_token_losses(model, batch).double().cpu()
+    def score(batch: Batch, beginning: Beginning | None) -> list[tuple[float, int]]:
+        losses = compute_token_losses(model, batch, beginning).double().cpu()
         counts = batch.loss_mask.sum(axis=1)
         return [(float(part.sum()), len(part)) for part in torch.split(losses, counts.tolist())]
 
-    return [row for rows in run_side_by_side(model, score, batches, on_batch) for row in rows]
+    return [row for rows in score_side_by_side(model, score, batches, on_batch) for row in rows]
 
 
 def compute_logits(model: TorchModel, batch: Batch) -> npt.NDArray[np.float32]:

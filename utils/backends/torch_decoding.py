@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 
@@ -122,8 +121,7 @@ class Decoder:
     """
 
     def __init__(self, model: TorchModel, settings: GenerationSettings, slots: int, longest: int) -> None:
-        network: Any = model.network
-        self.network: Any = network.get_base_model() if isinstance(network, PeftModel) else network
+        self.network = model.base
         self.device, self.settings, self.slots = model.accelerator.device, settings, slots
         self.read_tokens = TOKEN_BUDGETS[model.plan.device]
         self.windows = find_windows(self.network) or {}

@@ -10,6 +10,7 @@ import torch
 
 from config.structured_config import Recipe
 from utils.backends import torch_attention
+from utils.backends.torch_beginning import Beginning
 from utils.backends.torch_dropout import draws_random_numbers
 from utils.backends.torch_losses import compute_token_losses
 from utils.backends.torch_model import TorchModel
@@ -52,9 +53,11 @@ def choose_layout(model: TorchModel, recipe: Recipe) -> TorchModel:
 def try_losses(model: TorchModel) -> torch.Tensor | None:
     """Losses of two rows that begin alike, shape (learned,); None if the architecture cannot compute them like this."""
     model.network.eval()
+    trial = make_trial(model)
     with torch.inference_mode():
         try:
-            return compute_token_losses(model, make_trial(model)).float()
+            beginning = Beginning(model, trial.input_ids[0, :SHARED]) if model.runs_flat else None
+            return compute_token_losses(model, trial, beginning).float()
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
             return None
 

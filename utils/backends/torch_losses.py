@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 
 from config.structured_config import DpoSection, KtoSection, OrpoSection, RewardSection
+from utils.backends.torch_attention import Sight
+from utils.backends.torch_beginning import Beginning, place_flat
 from utils.backends.torch_head import compute_losses, find_head
 from utils.backends.torch_model import TorchModel
 from utils.batching import Batch, count_answer_tokens, unroll_pairs
@@ -42,7 +42,7 @@ class PairTerms:
         return self.policy - self.reference
 
 
-def compute_token_losses(model: TorchModel, batch: Batch) -> torch.Tensor:
+def compute_token_losses(model: TorchModel, batch: Batch, beginning: Beginning | None = None) -> torch.Tensor:
     """Negative log-likelihood of every supervised token, in row order.
 
     The head runs only at the positions whose next token is supervised: with short answers that is most of its cost saved.
@@ -50,11 +50,14 @@ def compute_token_losses(model: TorchModel, batch: Batch) -> torch.Tensor:
     Of a pair these are the tokens of its chosen and then those of its rejected answer; the prompt that they share is computed
     once where the model allows it (`shares_prompts`).
 
+    Args:
+        beginning: what every row begins with, if that has been computed already.
+
     Returns:
         float32 nats, shape (supervised_tokens,).
     """
     if model.runs_flat:
-        return compute_flat_losses(model, batch)
+        return compute_flat_losses(model, batch, beginning)
     seen, inputs = place_batch(model, batch)
     loss_mask = torch.from_numpy(seen.loss_mask).to(model.accelerator.device)
     predicts_next = torch.zeros_like(loss_mask)
@@ -63,23 +66,15 @@ def compute_token_losses(model: TorchModel, batch: Batch) -> torch.Tensor:
     return functional.cross_entropy(logits.float(), inputs["input_ids"][loss_mask], reduction="none")
 
 
-def compute_flat_losses(model: TorchModel, batch: Batch) -> torch.Tensor:
+def compute_flat_losses(model: TorchModel, batch: Batch, beginning: Beginning | None) -> torch.Tensor:
     """What `compute_token_losses` returns, without computing padding, nor twice what the rows begin with together."""
-    device = model.accelerator.device
-    flat = flatten(batch)
-    sources, targets = (torch.from_numpy(ids).to(device) for ids in (flat.sources, flat.targets))
-    inputs: dict[str, Any] = {
-        "input_ids": torch.from_numpy(flat.input_ids)[None].to(device),
-        "position_ids": torch.from_numpy(flat.position_ids)[None].to(device),
-        "attention_mask": torch.empty(1, 1, 1, 1, device=device),  # of four dimensions, so that transformers makes none
-        "spans": flat.spans,
-        "use_cache": False,
-    }
-    network: Any = model.network
-    whole = network.get_base_model() if isinstance(network, PeftModel) else network
+    flat = flatten(batch, beginning.tokens if beginning else 0)
+    inputs = place_flat(model, flat, Sight(flat.spans, first=beginning.seen if beginning else None))
+    sources, targets = (torch.from_numpy(ids).to(model.accelerator.device) for ids in (flat.sources, flat.targets))
+    whole = model.base
     head = find_head(whole)
     if head is None:
-        logits = network(**inputs, logits_to_keep=sources).logits[0]
+        logits = model.network(**inputs, logits_to_keep=sources).logits[0]
         return functional.cross_entropy(logits.float(), targets, reduction="none")
     hidden = whole.base_model(**inputs).last_hidden_state[0, sources]
     return compute_losses(hidden, targets, head)
@@ -131,12 +126,12 @@ def build_tree_mask(segments: torch.Tensor) -> torch.Tensor:
     return torch.tril((key == 0) | (key == query))[:, None]
 
 
-def compute_pair_log_probs(model: TorchModel, batch: Batch) -> torch.Tensor:
+def compute_pair_log_probs(model: TorchModel, batch: Batch, beginning: Beginning | None = None) -> torch.Tensor:
     """Log-probability of both answers of each pair: the sum over their tokens, in nats, float32, shape (pairs, 2).
 
     Of an answer that is missing it is 0, without gradient.
     """
-    parts = compute_token_losses(model, batch).split(count_answer_tokens(batch).reshape(-1).tolist())
+    parts = compute_token_losses(model, batch, beginning).split(count_answer_tokens(batch).reshape(-1).tolist())
     return -torch.stack([part.sum() for part in parts]).view(-1, 2)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import nn
 
 from utils.backends.torch_quantization import refuse_repacked
@@ -38,6 +39,12 @@ class TorchModel:
     is_reward: bool = False
     runs_flat: bool = False
     started_from: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def base(self) -> Any:
+        """transformers' model, with its adapters but without what peft puts around it."""
+        network: Any = self.network
+        return network.get_base_model() if isinstance(network, PeftModel) else network
 
 
 def run_side_by_side(

@@ -15,6 +15,7 @@ from peft import PeftModel
 
 from config.structured_config import Recipe
 from utils.backends import PairScores, ignore
+from utils.backends.torch_beginning import Beginning, score_side_by_side
 from utils.backends.torch_dropout import silence_dropout
 from utils.backends.torch_losses import (
     PairTerms,
@@ -27,7 +28,7 @@ from utils.backends.torch_losses import (
     compute_sigmoid_losses,
     compute_token_losses,
 )
-from utils.backends.torch_model import TorchModel, run_side_by_side
+from utils.backends.torch_model import TorchModel
 from utils.backends.torch_rewards import compute_rewards
 from utils.batching import Batch, count_answer_tokens
 from utils.exceptions import RunError
@@ -43,7 +44,7 @@ class Objective(Protocol):
     def count(self, micro_batches: Sequence[Batch]) -> int:
         """What the step's loss is a mean over."""
 
-    def compute(self, batch: Batch) -> tuple[torch.Tensor, Numbers]:
+    def compute(self, batch: Batch, beginning: Beginning | None) -> tuple[torch.Tensor, Numbers]:
         """Loss summed over what is counted, and further sums for the log."""
 
 
@@ -61,9 +62,9 @@ class TokenObjective:
         """Supervised tokens."""
         return sum(batch.supervised_tokens for batch in micro_batches)
 
-    def compute(self, batch: Batch) -> tuple[torch.Tensor, Numbers]:
+    def compute(self, batch: Batch, beginning: Beginning | None) -> tuple[torch.Tensor, Numbers]:
         """Negative log-likelihood in nats."""
-        return compute_token_losses(self.model, batch).sum(), {}
+        return compute_token_losses(self.model, batch, beginning).sum(), {}
 
 
 class PairObjective:
@@ -104,9 +105,9 @@ class PairObjective:
             return sum(sum(batch.answers) for batch in micro_batches)
         return sum(len(batch.lengths) for batch in micro_batches)
 
-    def compute(self, batch: Batch) -> tuple[torch.Tensor, Numbers]:
+    def compute(self, batch: Batch, beginning: Beginning | None) -> tuple[torch.Tensor, Numbers]:
         """Loss, margins and rewards, summed over the pairs."""
-        policy = judge_pairs(self.model, batch)
+        policy = judge_pairs(self.model, batch, beginning)
         tokens = torch.from_numpy(count_answer_tokens(batch)).to(policy)
         reference = None if batch.reference is None else torch.from_numpy(batch.reference).to(policy)
         pairs = PairTerms(policy, tokens, reference)
@@ -119,9 +120,9 @@ def make_objective(model: TorchModel, recipe: Recipe) -> Objective:
     return PairObjective(model, recipe) if recipe.training.learns_pairs else TokenObjective(model)
 
 
-def judge_pairs(model: TorchModel, batch: Batch) -> torch.Tensor:
+def judge_pairs(model: TorchModel, batch: Batch, beginning: Beginning | None) -> torch.Tensor:
     """What a model makes of both answers of each pair: their rewards, or their log-probabilities in nats; shape (pairs, 2)."""
-    return compute_rewards(model, batch) if model.is_reward else compute_pair_log_probs(model, batch)
+    return compute_rewards(model, batch) if model.is_reward else compute_pair_log_probs(model, batch, beginning)
 
 
 def compute_pair_losses(recipe: Recipe, pairs: PairTerms, reference_point: float) -> torch.Tensor:
@@ -168,10 +169,10 @@ def score_pairs(
 ) -> npt.NDArray[np.float64]:
     """What `judge_pairs` finds, without gradient, in order, shape (pairs, 2)."""
 
-    def score(batch: Batch) -> npt.NDArray[np.float64]:
-        return np.asarray(judge_pairs(model, batch).cpu().numpy(), dtype=np.float64)
+    def score(batch: Batch, beginning: Beginning | None) -> npt.NDArray[np.float64]:
+        return np.asarray(judge_pairs(model, batch, beginning).cpu().numpy(), dtype=np.float64)
 
-    return np.concatenate([np.zeros((0, 2)), *run_side_by_side(model, score, batches, on_batch)])
+    return np.concatenate([np.zeros((0, 2)), *score_side_by_side(model, score, batches, on_batch)])
 
 
 def add_references(model: TorchModel, micro_batches: Sequence[Batch]) -> list[Batch]:

@@ -12,6 +12,7 @@ import torch
 
 from config.structured_config import Recipe
 from utils.backends import StepResult
+from utils.backends.torch_beginning import Beginning, Gradients, compute_beginning
 from utils.backends.torch_dropout import draws_random_numbers
 from utils.backends.torch_gradients import SilentTensors, are_finite
 from utils.backends.torch_model import TorchModel
@@ -110,34 +111,47 @@ class TorchTrainStep:
     def _accumulate(self, micro_batches: Sequence[Batch], count: int) -> float:
         """Adds up gradients, loss and further sums over the micro-batches, always in their order, whoever finishes first."""
         self.sums = {}
-        if self.workers == 1:
-            total = 0.0
+        total = 0.0
+        beginning = compute_beginning(self.model, micro_batches)
+        if self.workers == 1 and beginning is None:
             for batch in micro_batches:
                 loss, numbers = self._compute(batch, count)
                 self.model.accelerator.backward(loss)
                 total += float(loss.detach())
                 self._add(numbers)
             return total
-        total = 0.0
-        for value, numbers, gradients in self.pool.map(lambda batch: self._differentiate(batch, count), micro_batches):
+        for value, numbers, gradients in self.pool.map(
+            lambda batch: self._differentiate(batch, count, beginning), micro_batches
+        ):
             total += value
             self._add(numbers)
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            self._add_gradients(gradients[: len(self.parameters)])
+            if beginning:
+                beginning.add(gradients[len(self.parameters) :])
+        if beginning:
+            self._add_gradients(beginning.differentiate(self.parameters))
         return total
 
-    def _compute(self, batch: Batch, count: int) -> tuple[torch.Tensor, Numbers]:
+    def _compute(self, batch: Batch, count: int, beginning: Beginning | None = None) -> tuple[torch.Tensor, Numbers]:
         """A micro-batch's share of the step's loss, and its further sums."""
         if self.noise:
             self.noise.lengths = torch.from_numpy(batch.lengths)
-        summed, numbers = self.objective.compute(batch)
+        summed, numbers = self.objective.compute(batch, beginning)
         return summed / count, numbers
 
-    def _differentiate(self, batch: Batch, count: int) -> tuple[float, Numbers, tuple[torch.Tensor | None, ...]]:
-        """The same with the gradient of every parameter, None where the loss does not depend on it."""
-        loss, numbers = self._compute(batch, count)
-        return float(loss.detach()), numbers, torch.autograd.grad(loss, self.parameters, allow_unused=True)
+    def _differentiate(
+        self, batch: Batch, count: int, beginning: Beginning | None = None
+    ) -> tuple[float, Numbers, Gradients]:
+        """The same with the gradient of every parameter and of the beginning; None where the loss does not depend on it."""
+        loss, numbers = self._compute(batch, count, beginning)
+        leaves = [*self.parameters, *(beginning.leaves if beginning else ())]
+        return float(loss.detach()), numbers, torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    def _add_gradients(self, gradients: Gradients) -> None:
+        """Adds gradients to those that the parameters have."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def _find_faulty_rows(self, micro_batches: Sequence[Batch], count: int) -> tuple[str, ...]:
         """`file:line` of the rows whose own loss or gradient is not finite; random numbers are what they were."""

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback
 from trl import DPOTrainer, SFTTrainer
@@ -58,7 +57,7 @@ class StepRecorder(TrainerCallback):  # type: ignore[misc]  # a class of a libra
 
     def __init__(self, model: TorchModel, parts: LoopParts, state: TrainingState, progress: Progress) -> None:
         self.model, self.parts, self.state, self.progress = model, parts, state, progress
-        self.base: Any = model.network.get_base_model() if isinstance(model.network, PeftModel) else model.network
+        self.base = model.base
         self.kept = copy.deepcopy((vars(self.base.config), vars(self.base.generation_config)))
         self.random = torch.get_rng_state()
         self.started = self.seconds = 0.0

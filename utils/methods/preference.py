@@ -23,6 +23,7 @@ from utils.batching import group_scored_rows, pad_rows
 from utils.cache_entries import open_or_build
 from utils.cache_keys import describe_forward, hash_code
 from utils.exceptions import TrainingError
+from utils.flat_batches import count_own_tokens
 from utils.methods.pairs import choose_partners, mismatch_pair
 from utils.model_source import ModelSource
 from utils.piece_encoder import EncodedExample
@@ -119,8 +120,9 @@ class Scorer:
             TrainingError: one of them is not finite.
         """
         # Pairs of like length share a forward pass, and then return to their order.
-        budget = self.backend.describe_machine(self.model).token_budget
-        groups = group_scored_rows([len(pair.input_ids) for pair in pairs], self.batch_size, budget)
+        machine = self.backend.describe_machine(self.model)
+        lengths = count_own_tokens(pairs, runs_flat=machine.runs_flat)
+        groups = group_scored_rows(lengths, self.batch_size, machine.token_budget)
         batches = [pad_rows([pairs[index] for index in group], self.pad_token_id) for group in groups]
         with Progress(title, len(pairs), "pairs") as progress:
             sorted_scores = self.backend.score_pairs(self.model, batches, progress.advance)

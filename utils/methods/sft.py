@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 
 from config.structured_config import DataSection
-from utils.batching import Batch, group_scored_rows, iterate_windows, make_micro_batches, pad_rows
+from utils.batching import Batch, iterate_windows, make_micro_batches
 from utils.examples import Example
 from utils.exceptions import DataError, Problem
 from utils.piece_encoder import EncodedExample
@@ -136,15 +136,3 @@ class SftBatches:
         """Yields the micro-batches of each optimizer step, in this epoch's order, from step `start` of it on."""
         for window in islice(iterate_windows(len(self.examples), self.batch_size, self.seed, epoch), start, None):
             yield self.cut([self.examples[index] for index in window])
-
-
-def make_evaluation_batches(
-    examples: Sequence[EncodedExample], batch_size: int, token_budget: int, pad_token_id: int
-) -> list[Batch]:
-    """Batches of like length; a mean over all tokens does not care about the order.
-
-    Args:
-        batch_size, token_budget: limits of a batch (`group_scored_rows`).
-    """
-    groups = group_scored_rows([len(example.input_ids) for example in examples], batch_size, token_budget)
-    return [pad_rows([examples[index] for index in group], pad_token_id) for group in groups]
