@@ -17,6 +17,8 @@ from torch.nn import functional
 
 # Numbers of a chunk of logits: enough rows that reading the head's weights does not cost more than using them.
 CHUNK = 8_388_608
+# Rows of the head's weights that are multiplied at once on a CPU: the library's copies of them then stay in the cache.
+BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,22 @@ class Head:
 
     def compute(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits in the model's number format, shape (rows, hidden) → (rows, vocabulary)."""
-        logits = functional.linear(hidden, self.weight, self.bias)
+        logits = project(hidden, self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def project(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b, shape (rows, hidden) → (rows, vocabulary)."""
+    is_plain = hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.float32
+    if not is_plain or (torch.is_grad_enabled() and hidden.requires_grad):
+        return functional.linear(hidden, weight, bias)
+    logits = hidden.new_empty(len(hidden), len(weight))
+    for start in range(0, len(weight), BLOCK):
+        part = slice(start, start + BLOCK)
+        torch.mm(hidden, weight[part].t(), out=logits[:, part])
+    return logits if bias is None else logits.add_(bias)
 
 
 def find_head(network: nn.Module) -> Head | None:
@@ -107,10 +121,10 @@ def split_softmax(
         keeps_logits: otherwise the probabilities take their place in memory.
     """
     logits = logits.float()
-    largest, at = logits.max(1, keepdim=True)
+    largest = logits.amax(1, keepdim=True)
     wanted = logits.gather(1, targets[:, None])
     # Row by row: the largest number, the exponentials, their sum. Each number is read before its place is written.
     probabilities = torch.softmax(logits, 1, out=None if keeps_logits else logits)
     # The likeliest token's probability is never 0, so the denominator is exact however far the target lies below.
-    normalisers = largest - probabilities.gather(1, at).log_()
+    normalisers = largest - probabilities.amax(1, keepdim=True).log_()
     return (normalisers - wanted)[:, 0], probabilities
