@@ -162,7 +162,8 @@ MEASURED = (
     "- *Peak memory*: resident, of the whole process from start to end; on a GPU, the most that torch's tensors took there.",
     "- *INVALID*: the tokens that a side saw or learned, or its trainable parameters, are not those of the work; a gradient",
     f"  norm is zero; its first loss is more than {100 * FIRST_LOSS:.0f} %, or its losses are on average more than "
-    f"{100 * MEAN_LOSS:.0f} %, from the reference (TRL tuned; else Tunebook).",
+    f"{100 * MEAN_LOSS:.0f} %, from the reference (TRL tuned; else Tunebook). In 16 bits beside a reference in 32,",
+    "  only the first loss has to agree: what the steps then lose stands beside what the reference's lose.",
     "- *Mean loss*: over the side's own steps; in brackets that of the reference over the same steps. Adapters start from each",
     "  side's own random numbers.",
     "- *Others' load*: the most of the machine's processor time that anything else took during a run of the side. Above a few",

@@ -155,6 +155,24 @@ def test_a_side_that_did_other_work_has_no_speed(changes: dict[str, object], wor
     assert "×" not in page  # nothing is compared with an invalid side
 
 
+@pytest.mark.parametrize(
+    ("dtype", "losses", "is_valid"),
+    [
+        ("float32, bfloat16 autocast", [2.0, 1.8, 1.3], True),
+        ("bf16-true", [2.0, 1.8, 1.3], True),
+        ("float32, bfloat16 autocast", [2.1, 1.5, 1.0], False),
+        ("32-true", [2.0, 1.8, 1.3], False),
+    ],
+)
+def test_sixteen_bits_are_held_to_the_first_loss_of_a_reference_in_thirty_two(
+    dtype: str, losses: list[float], is_valid: bool
+) -> None:
+    result = make_result(make_run("trl", dtype=dtype, losses=losses), make_run("trl_tuned"))
+    assert (find_faults(result, result.runs[0]) == []) == is_valid
+    if is_valid:
+        assert "1.7000 (1.5000)" in "\n".join(format_work(result))
+
+
 def test_a_side_may_take_fewer_steps_and_is_measured_on_those() -> None:
     few = {name: getattr(make_run("trl"), name)[:2] for name in ("ends", "tokens", "supervised", "losses", "norms")}
     summary = summarise(make_result(make_run("tunebook"), make_run("trl", **few)), "trl")

@@ -23,7 +23,7 @@ Mask = npt.NDArray[np.bool_]
 SHORTEST_SHARED = 8
 # A pass of its own for what all rows of a step begin with costs about as much as computing so many tokens; below, it would cost
 # more than it saves.
-PASS_COST = 48
+PASS_COST = 100
 TRIED_ROWS = 1000  # of a set, spread over it, that are asked for what all rows begin with
 
 

@@ -87,6 +87,40 @@ def test_a_run_that_is_repeated_gets_the_threads_that_it_had(monkeypatch: pytest
         torch.set_num_threads(before)
 
 
+class MadeUpClock:
+    """Time that passes half as fast on two threads, once a neighbour has let go of the second core."""
+
+    def __init__(self, busy_calls: int) -> None:
+        self.busy_calls, self.calls, self.now = busy_calls, 0, 0.0
+
+    def perf_counter(self) -> float:
+        import torch
+
+        self.calls += 1
+        self.now += 0.5 if self.calls > self.busy_calls and torch.get_num_threads() == 2 else 1.0
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("busy_calls", "gains"), [(0, True), (40, True), (10**9, False)])
+def test_a_neighbour_of_a_moment_does_not_take_a_thread_from_the_whole_run(
+    busy_calls: int, gains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from utils import device_manager
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(device_manager, "time", MadeUpClock(busy_calls))
+    try:
+        assert device_manager.DeviceManager.gains_from_threads(2) == gains
+        assert not device_manager.DeviceManager.gains_from_threads(1)
+    finally:
+        torch.set_num_threads(before)
+
+
 @linux_only
 def test_free_memory_is_not_more_than_all_memory() -> None:
     total, available = measure_memory()

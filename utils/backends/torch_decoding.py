@@ -20,6 +20,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from config.model_families import PACKING_MODELS
 from utils.backends import GenerationSettings
 from utils.backends.torch_cache import SlotCache
+from utils.backends.torch_head import find_head
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_sampling import choose_tokens, draw_seed, make_generator, make_processors
 from utils.batching import Ids
@@ -122,6 +123,7 @@ class Decoder:
 
     def __init__(self, model: TorchModel, settings: GenerationSettings, slots: int, longest: int) -> None:
         self.network = model.base
+        self.head = find_head(self.network)
         self.device, self.settings, self.slots = model.accelerator.device, settings, slots
         self.read_tokens = TOKEN_BUDGETS[model.plan.device]
         self.windows = find_windows(self.network) or {}
@@ -193,14 +195,17 @@ class Decoder:
         positions = torch.tensor(columns, device=self.device)
         width = max(columns) + 1
         self.cache.read_tokens(positions, width)
-        logits = self.network(
-            input_ids=torch.tensor([row.ids[-1:] for row in rows], device=self.device),
-            position_ids=positions[:, None],
-            attention_mask=self.make_masks(positions, width),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        inputs = {
+            "input_ids": torch.tensor([row.ids[-1:] for row in rows], device=self.device),
+            "position_ids": positions[:, None],
+            "attention_mask": self.make_masks(positions, width),
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
+        if self.head is None:
+            logits = self.network(**inputs).logits[:, -1]
+        else:
+            logits = self.head.compute(self.network.base_model(**inputs).last_hidden_state[:, -1])
         generators = [row.generator for row in rows if row.generator is not None]
         tokens = choose_tokens(logits, [row.ids for row in rows], generators, self.processors)
         for slot in reversed(range(len(rows))):  # from the last on, so that the row that fills a gap is done already
