@@ -174,7 +174,9 @@ def format_page(options: argparse.Namespace, found: Sequence[Measurement]) -> li
         table.append(f"| {' | '.join(map(str, cells))} |")
     rounds = max(sum(one["work"] == work for one in found) for work in best)
     sizes = " ".join(map(str, options.sizes))
-    command = f"python benchmarks/inference.py --rows {options.rows.name} --name {options.name} --count {options.count} --few "
+    rows = options.rows.resolve()
+    shown = rows.relative_to(ROOT) if rows.is_relative_to(ROOT) else rows.name
+    command = f"python benchmarks/inference.py --rows {shown} --name {options.name} --count {options.count} --few "
     command += (
         f"{options.few} --sizes {sizes} --ours {' '.join(map(str, options.ours))} --rounds {options.rounds} --write"
     )
