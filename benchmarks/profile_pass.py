@@ -21,11 +21,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from benchmarks.speed_work import LORA, WORKS, prepare_work  # noqa: E402
+from benchmarks.speed_work import LORA, WORKS, PreparedWork, prepare_work  # noqa: E402
 from config.recipe_io import load_recipe  # noqa: E402
 from utils.backends import load_backend  # noqa: E402
 from utils.logging import set_up_logging  # noqa: E402
-from utils.preflight import check_recipe  # noqa: E402
 
 ADAPTERS, HEAD, LAYERS = "products of the adapters", "products of the head", "products of the layers"
 ATTENTION, REST = "attention", "all else (norms, activations, positions, softmax, Python)"
@@ -41,22 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_up_logging("WARNING")
     with tempfile.TemporaryDirectory(prefix="tunebook-profile-") as folder:
         work = WORKS[options.work]
-        prepare_work(work, 1, options.rows_dir, Path(folder))
-        preflight = check_recipe(load_recipe(Path(folder) / "recipe.yaml", []))
-        step, batch = make_pass(preflight, work.batch_size)
+        prepared = prepare_work(work, 1, options.rows_dir, Path(folder))
+        step, batch = make_pass(prepared)
         print("\n".join(format_table(options.work, profile(step, batch), batch.tokens)))
     return 0
 
 
-def make_pass(preflight: Any, batch_size: int) -> tuple[Any, Any]:
-    """A training step, and a micro-batch of one row."""
+def make_pass(prepared: PreparedWork) -> tuple[Any, Any]:
+    """A training step of the torch back end, and one row of the work's first step, or one pair."""
     from utils.batching import make_micro_batches
 
-    recipe, backend = preflight.loaded.recipe, load_backend("torch")
-    model = backend.attach_lora(backend.load_model(preflight.find_weights(), recipe), recipe)
-    examples = [preflight.data.train[index] for index in range(batch_size)]
-    batches = make_micro_batches(examples, 1, 0)
-    return backend.make_step(model, recipe), batches[len(batches) // 2]
+    recipe, backend = load_recipe(prepared.folder / "recipe.yaml", []).recipe, load_backend("torch")
+    step: Any = backend.make_step(backend.attach_lora(backend.load_model(prepared.source, recipe), recipe), recipe)
+    batches = make_micro_batches(prepared.windows[0], 1, 0)
+    (batch,) = step.objective.prepare([batches[len(batches) // 2]])
+    return step, batch
 
 
 def profile(step: Any, batch: Any) -> dict[str, list[float]]:

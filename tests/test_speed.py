@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
+from benchmarks.profile_pass import ADAPTERS, ATTENTION, HEAD, LAYERS, REST, classify
 from benchmarks.speed_bound import NeededWork
 from benchmarks.speed_process import Attempt, execute, watch_lines
 from benchmarks.speed_report import format_work
@@ -254,3 +255,21 @@ def test_every_peer_has_a_script_and_an_environment_of_its_own(side: Side) -> No
         assert (PEERS / str(side.script)).is_file()
         assert (PEERS / f"requirements_{side.environment}.txt").is_file()
     assert set(side.works) <= set(WORKS)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "group", "flops"),
+    [
+        ("aten::mm", [[319, 576], [576, 1536]], LAYERS, 2 * 319 * 576 * 1536),
+        ("aten::mm", [[319, 576], [576, 16]], ADAPTERS, 2 * 319 * 576 * 16),
+        ("aten::addmm_", [[319, 1536], [319, 16], [16, 1536], [], []], ADAPTERS, 2 * 319 * 16 * 1536),
+        ("aten::mm", [[60, 576], [576, 1024], [60, 1024]], HEAD, 2 * 60 * 576 * 1024),
+        ("aten::mm", [[60, 49152], [49152, 576]], HEAD, 2 * 60 * 49152 * 576),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", [[1, 9, 319, 64]], ATTENTION, 0),
+        ("aten::silu", [[1, 319, 1536]], REST, 0),
+    ],
+)
+def test_a_profile_puts_each_operation_where_it_belongs(
+    name: str, shapes: list[list[int]], group: str, flops: int
+) -> None:
+    assert classify(name, shapes, 49152) == (group, flops)

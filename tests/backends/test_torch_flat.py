@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from config.structured_config import LoraSection, Recipe
 from tests.backends.test_families import CONFIGS, OTHERS, open_source
-from utils import flat_batches
-from utils.backends import torch_backend, torch_beginning, torch_head
-from utils.backends.torch_beginning import Beginning, compute_beginning
+from utils.backends import torch_backend, torch_head
+from utils.backends.torch_beginning import compute_beginning
 from utils.backends.torch_head import Head, compute_losses, find_head
 from utils.backends.torch_lora import FusedLinear
 from utils.backends.torch_losses import compute_token_losses
@@ -91,6 +90,23 @@ def test_losses_and_gradients_are_those_of_padded_rows(name: str, everything: bo
         torch.testing.assert_close(gradients[parameter_name], gradient, rtol=1e-3, atol=2e-4)
 
 
+def make_rows() -> list[Batch]:
+    """So many rows, each in a pass of its own, that a pass more for their beginning pays off."""
+    return split_rows([make_batch()]) * 4
+
+
+# Tokens of each pass over `make_rows`: the beginning once, and what every row has behind it.
+COMPUTED = sorted([12, *[24, 7, 15] * 4])
+
+
+def count_computed(model: TorchModel) -> list[int]:
+    """Gets the tokens of every forward pass from now on."""
+    counts: list[int] = []
+    embeddings: Any = model.base.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].numel()))
+    return counts
+
+
 def take_step(model: TorchModel, recipe: Recipe, batches: Sequence[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients that a step adds up over its micro-batches."""
     step = torch_backend.make_step(model, recipe)
@@ -111,15 +127,13 @@ def take_step(model: TorchModel, recipe: Recipe, batches: Sequence[Batch]) -> tu
     ],
 )
 def test_a_step_that_computes_the_beginning_of_its_rows_once_gives_the_gradient_of_padded_rows(
-    name: str, lora: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, lora: dict[str, Any] | None, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(flat_batches, "PASS_COST", 0)
     model, recipe = load(name, tmp_path, lora)
-    batches = split_rows([make_batch()])
-    beginning = compute_beginning(model, batches)
-    assert beginning is not None
-    assert beginning.tokens == 12
+    batches = make_rows()
+    computed = count_computed(model)
     loss, gradients = take_step(model, recipe, batches)
+    assert sorted(computed) == COMPUTED
     expected, plain = take_step(replace(model, runs_flat=False), recipe, batches)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert plain.keys() == gradients.keys()
@@ -129,7 +143,7 @@ def test_a_step_that_computes_the_beginning_of_its_rows_once_gives_the_gradient_
 
 def test_rows_of_a_step_that_begin_otherwise_share_nothing(tmp_path: Path) -> None:
     model, _ = load("llama", tmp_path)
-    batches = split_rows([make_batch()]) * 4
+    batches = make_rows()
     assert compute_beginning(model, batches) is not None
     assert compute_beginning(model, batches[:8]) is None  # 7 x 12 tokens: a pass of its own would cost more
     assert compute_beginning(replace(model, runs_flat=False), batches) is None
@@ -139,34 +153,28 @@ def test_rows_of_a_step_that_begin_otherwise_share_nothing(tmp_path: Path) -> No
     assert compute_beginning(model, [*batches, replace(batches[0], input_ids=other)]) is None
 
 
-def test_checkpointing_forms_the_beginning_again_with_the_same_gradient(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flat_batches, "PASS_COST", 0)
+def test_checkpointing_forms_the_beginning_again_with_the_same_gradient(tmp_path: Path) -> None:
     model, recipe = load("llama", tmp_path)
-    batches = split_rows([make_batch()])
-    loss, gradients = take_step(model, recipe, batches)
+    loss, gradients = take_step(model, recipe, make_rows())
     training = recipe.training.model_copy(update={"gradient_checkpointing": True})
-    again, formed = take_step(model, recipe.model_copy(update={"training": training}), batches)
+    computed = count_computed(model)
+    again, formed = take_step(model, recipe.model_copy(update={"training": training}), make_rows())
     assert model.base.is_gradient_checkpointing
+    assert sorted(computed) == COMPUTED
     assert again == loss
     for name, gradient in gradients.items():
         torch.testing.assert_close(formed[name], gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_held_out_rows_lose_the_same_behind_a_beginning_that_is_computed_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_held_out_rows_lose_the_same_behind_a_beginning_that_is_computed_once(tmp_path: Path) -> None:
     model, _ = load("llama", tmp_path)
-    batches = split_rows([make_batch()])
+    batches = make_rows()
     plain = torch_backend.evaluate(replace(model, runs_flat=False), batches)
-    monkeypatch.setattr(flat_batches, "PASS_COST", 0)
-    passes = []
-    monkeypatch.setattr(torch_beginning, "Beginning", lambda *words: passes.append(Beginning(*words)) or passes[-1])
+    computed = count_computed(model)
     for (ours, count), (theirs, expected) in zip(torch_backend.evaluate(model, batches), plain, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
         assert count == expected
-    assert [beginning.tokens for beginning in passes] == [12]
+    assert sorted(computed) == COMPUTED
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
@@ -205,6 +213,17 @@ def test_the_chunked_head_gives_the_models_own_losses(
     plain = functional.cross_entropy(head.compute(hidden).float(), targets, reduction="none")
     (theirs,) = torch.autograd.grad((plain * weights).sum(), hidden)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [None, torch.arange(2 * torch_head.BLOCK + 300) / 1000], ids=["no bias", "a bias"])
+def test_a_head_in_blocks_gives_the_logits_of_the_whole(bias: torch.Tensor | None) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 8), torch.randn(2 * torch_head.BLOCK + 300, 8)
+    expected = functional.linear(hidden, weight, bias)
+    torch.testing.assert_close(torch_head.project(hidden, weight, bias), expected)
+    leaf = hidden.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(torch_head.project(leaf, weight, bias).sum(), leaf)
+    torch.testing.assert_close(gradient, weight.sum(0).expand(5, -1), rtol=1e-4, atol=1e-3)
 
 
 def test_a_loss_far_below_the_likeliest_token_stays_exact() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from utils.backends import MachineFacts
 from utils.batching import Batch, pack_row, pad_rows
-from utils.flat_batches import FlatBatch, Span, count_common_start, flatten
+from utils.evaluation import make_evaluation_batches
+from utils.flat_batches import FlatBatch, Span, count_common_start, count_own_tokens, flatten
 from utils.piece_encoder import EncodedExample
 
 SYSTEM = list(range(100, 112))
@@ -123,6 +126,19 @@ def test_a_large_set_is_asked_at_rows_spread_over_it() -> None:
     assert count([*rows, make_row(900, 30, 5)]) == 0  # the last one is always among them
     rows[1] = make_row(1, len(SYSTEM), 2)  # nobody asks the second one, but it is too short to begin so
     assert count(rows) == 0
+
+
+def test_held_out_rows_share_passes_by_what_each_has_behind_the_beginning() -> None:
+    rows = [make_row(100 * number, 8, 5, SYSTEM) for number in range(1, 201)]
+    assert set(count_own_tokens(rows, runs_flat=True)) == {8}
+    assert set(count_own_tokens(rows, runs_flat=False)) == {20}
+    facts = MachineFacts("cpu", "", "float32", 1, 256, 2, ())
+    sizes = {
+        runs_flat: {len(batch.lengths) for batch in make_evaluation_batches(rows, machine, 100, 0)}
+        for runs_flat in (True, False)
+        for machine in [replace(facts, runs_flat=runs_flat)]
+    }
+    assert sizes == {True: {100}, False: {51, 200 - 3 * 51}}  # of 1,024 tokens each
 
 
 def count(rows: list[EncodedExample]) -> int:

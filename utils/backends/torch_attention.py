@@ -73,10 +73,10 @@ def attend(
     if sight.kept is not None:
         sight.kept.setdefault(module, (key, value))  # checkpointing comes here twice
     scale, window = others.get("scaling"), others.get("sliding_window")
-    first = None if sight.first is None else sight.first[module]
+    first_keys, first_values = (None, None) if sight.first is None else sight.first[module]
     parts = []
     for span in sight.spans:
-        keys, values = gather(key, first and first[0], span), gather(value, first and first[1], span)
+        keys, values = gather(key, first_keys, span), gather(value, first_values, span)
         mask = find_mask(sight, span, keys, window)
         result = functional.scaled_dot_product_attention(
             query[:, :, span.start : span.end],
