@@ -113,10 +113,9 @@ def measure_work(
         for side in sides:
             if reason := broken.get(side.name) or side.find_obstacle(work.name):
                 result.obstacles[side.name] = reason
-        with hold_lock(options.lock):
-            known = 0.0 if math.isnan(result.peak_flops) else result.peak_flops
-            result.peak_flops = max(known, measure_bound(work))  # a busy neighbour can only make it look slower
         for number in range(options.rounds):
+            with hold_lock(options.lock):
+                add_bound(result, work)
             for side in sides:
                 if side.name not in result.obstacles and not any(run.error for run in result.list_runs(side.name)):
                     place = tempfile.TemporaryDirectory(prefix="tunebook-speed-")
@@ -136,13 +135,16 @@ def describe_run(result: WorkResult, run: Measurement) -> str:
     return f"{result.work}, {run.side}: {speed:.0f} tokens/s, first step after {first:.1f} s, {peak:.2f} GB"
 
 
-def measure_bound(work: Work) -> float:
-    """FLOP/s of the fastest matrix product in the format that Tunebook trains in here, in a process of its own."""
+def add_bound(result: WorkResult, work: Work) -> None:
+    """Measures matrix products in the format that Tunebook trains in here, in a process of its own."""
     dtype = "float32" if work.is_full else choose_dtype("auto", inspect_machine())
     device = "cuda" if inspect_machine().device == "cuda" else "cpu"
     command = [sys.executable, str(ROOT / "benchmarks" / "speed_bound.py"), dtype, device]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout)["gflops"]) * 1e9
+    speeds = json.loads(done.stdout)
+    known = 0.0 if math.isnan(result.peak_flops) else result.peak_flops
+    result.peak_flops = max(known, speeds["gflops"] * 1e9)  # a busy neighbour can only make it look slower
+    result.kept_up_flops.append(speeds["kept_up"] * 1e9)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the machine allows: the fastest matrix product of torch, measured, and the products that a work cannot do without.
+"""What the machine allows: matrix products of torch, measured, and those that a work cannot do without.
 
-    python benchmarks/speed_bound.py float32            # GFLOP/s on all cores
+    python benchmarks/speed_bound.py float32            # GFLOP/s on all cores: the fastest, and kept up for 10 s
     python benchmarks/speed_bound.py bfloat16 cuda      # of a GPU
 
 Counted as needed, in multiplications and additions of matrix products:
@@ -18,6 +18,7 @@ Not counted: norms, softmax, the optimizer, recomputation, padding, dequantisati
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -32,24 +33,42 @@ SIZES = (
 )
 LARGE = (8192, 8192, 8192)  # on a GPU, which is not busy with less
 SECONDS = 1.5  # spent on each size
+KEPT_UP_SECONDS = (
+    10  # about as long as a step: a core that is warm, or shares its power, is slower than in a single product
+)
 
 
-def measure_peak(dtype: str, device: str = "cpu") -> float:
-    """FLOP/s of the fastest of several matrix products on all cores, or a GPU, among them the embedded model's own shapes."""
+def measure_peak(dtype: str, device: str = "cpu") -> tuple[float, float]:
+    """FLOP/s of matrix products on all cores, or a GPU, among them those of the embedded model's own shapes.
+
+    Returns:
+        Of the fastest single product, and of the size it has when that is kept up.
+    """
+    sizes = SIZES if device == "cpu" else (*SIZES, LARGE)
+    fastest, size = max((max(multiply(size, SECONDS, dtype, device)), size) for size in sizes)
+    return fastest, statistics.harmonic_mean(multiply(size, KEPT_UP_SECONDS, dtype, device))
+
+
+def multiply(size: tuple[int, int, int], seconds: float, dtype: str, device: str) -> list[float]:
+    """FLOP/s of one product after the other, for so long.
+
+    Args:
+        size: rows, inputs and outputs.
+    """
     import torch
 
-    best = 0.0
-    for rows, inputs, outputs in SIZES if device == "cpu" else (*SIZES, LARGE):
-        x = torch.ones(rows, inputs, dtype=getattr(torch, dtype), device=device)
-        weight = torch.ones(outputs, inputs, dtype=getattr(torch, dtype), device=device)
+    rows, inputs, outputs = size
+    x = torch.ones(rows, inputs, dtype=getattr(torch, dtype), device=device)
+    weight = torch.ones(outputs, inputs, dtype=getattr(torch, dtype), device=device)
+    torch.nn.functional.linear(x, weight)
+    speeds = []
+    ends = time.perf_counter() + seconds
+    while (started := time.perf_counter()) < ends:
         torch.nn.functional.linear(x, weight)
-        ends = time.perf_counter() + SECONDS
-        while (started := time.perf_counter()) < ends:
-            torch.nn.functional.linear(x, weight)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            best = max(best, 2.0 * rows * inputs * outputs / (time.perf_counter() - started))
-    return best
+        if device == "cuda":
+            torch.cuda.synchronize()
+        speeds.append(2.0 * rows * inputs * outputs / (time.perf_counter() - started))
+    return speeds
 
 
 class NeededWork:
@@ -98,4 +117,8 @@ class NeededWork:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"gflops": measure_peak(*sys.argv[1:]) / 1e9}))
+    print(
+        json.dumps(
+            dict(zip(("gflops", "kept_up"), [speed / 1e9 for speed in measure_peak(*sys.argv[1:])], strict=True))
+        )
+    )

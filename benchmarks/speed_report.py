@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import describe_machine
+from benchmarks.speed_bound import KEPT_UP_SECONDS
 from benchmarks.speed_results import FIRST_LOSS, MEAN_LOSS, Summary, WorkResult, summarise
 from benchmarks.speed_sides import NOT_MEANT, OUR_SIDES, OURS, SIDES
 from benchmarks.speed_work import WORKS
@@ -25,6 +27,7 @@ HEAD = (
     "real tokens/s",
     "Tunebook is",
     "of the bound",
+    "of products kept up",
     "first step, s",
     "peak memory, GB",
     "mean loss (reference)",
@@ -48,7 +51,7 @@ def format_work(result: WorkResult) -> list[str]:
         f"{'pairs' if work.method == 'dpo' else 'rows'} a step with {tokens:,.0f} real tokens on average, {learned:,.0f} of "
         f"them learned; {result.trainable:,} trainable parameters; learning rate {work.learning_rate:g}.",
         f"Bound: {sum(result.needed) / sum(result.tokens) / 1e9:.2f} GFLOP for each token at {result.peak_flops / 1e9:,.0f} "
-        f"GFLOP/s, {show_bound(result):,.0f} tokens/s.",
+        f"GFLOP/s, {show_bound(result):,.0f} tokens/s.{say_kept_up(result)}",
         "",
         f"| {' | '.join(HEAD)} |",
         f"|{'---|' * len(HEAD)}",
@@ -74,6 +77,14 @@ def show_bound(result: WorkResult) -> float:
     return sum(result.tokens) / sum(result.needed) * result.peak_flops
 
 
+def say_kept_up(result: WorkResult) -> str:
+    """What the products reach when they are kept up, as a sentence; nothing where that was not measured."""
+    if not result.kept_up_flops:
+        return ""
+    speed, slowest, fastest = (choose(result.kept_up_flops) / 1e9 for choose in (statistics.median, min, max))
+    return f" Kept up for {KEPT_UP_SECONDS} s, products reach {speed:,.0f} GFLOP/s ({slowest:,.0f} to {fastest:,.0f})."
+
+
 def format_row(result: WorkResult, each: Summary, ours: Summary | None) -> str:
     """One line of a table."""
     title = SIDES[each.side].title
@@ -86,6 +97,7 @@ def format_row(result: WorkResult, each: Summary, ours: Summary | None) -> str:
         f"{each.speed:,.0f}{spread}",
         ratio,
         f"{100 * each.bound:.0f} %",
+        "" if math.isnan(each.kept_up) else f"{100 * each.kept_up:.0f} %",
         format_first(each),
         f"{each.peak_bytes / 1e9:.2f}",
         f"{each.loss:.4f} ({each.reference_loss:.4f})",
@@ -171,7 +183,9 @@ MEASURED = (
     "- *Public rows*: the training splits of GSM8K and WikiSQL, and pairs of GSM8K's model solutions; CONTRIBUTING.md names",
     "  the files. Without them the command uses the shipped text-to-SQL rows.",
     "- *Bound*: matrix products that the work cannot do without, at the speed of the fastest one measured on all cores in the",
-    "  format that Tunebook trained in (`benchmarks/speed_bound.py` says what is counted).",
+    "  format that Tunebook trained in (`benchmarks/speed_bound.py` says what is counted). Nothing goes on for long at the",
+    f"  speed of a single product: *products kept up* are the same ones, one after the other for {KEPT_UP_SECONDS} s before",
+    "  each round, and the column compares with their median.",
 )
 
 

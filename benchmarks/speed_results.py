@@ -34,6 +34,7 @@ class WorkResult:
         needed: FLOPs that each step cannot do without.
         trainable: parameters that have to be trained.
         peak_flops: FLOP/s of the fastest matrix product, in the format that Tunebook trained in.
+        kept_up_flops: FLOP/s of products that are kept up, one number for each round.
         obstacles: side → why it is not here.
         source: where the rows are from.
     """
@@ -47,6 +48,7 @@ class WorkResult:
     needed: list[float]
     trainable: int
     peak_flops: float = math.nan
+    kept_up_flops: list[float] = field(default_factory=list)
     sessions: int = 1
     runs: list[Measurement] = field(default_factory=list)
     obstacles: dict[str, str] = field(default_factory=dict)
@@ -67,6 +69,7 @@ def take_up(result: WorkResult, earlier: WorkResult | None) -> None:
         result.obstacles |= earlier.obstacles
         result.sessions += earlier.sessions
         result.peak_flops = earlier.peak_flops
+        result.kept_up_flops += earlier.kept_up_flops
 
 
 def start_result(prepared: PreparedWork, source: str, date: str) -> WorkResult:
@@ -141,6 +144,7 @@ class Summary:
     Attributes:
         speeds: real tokens/s of each run, over all steps but the first.
         bound: share of the fastest possible time.
+        kept_up: share of the time that products would take which are kept up; nan where they were not measured.
         first: seconds from the start of the process to the end of the first step, by whether the token cache was empty.
         foreign: largest share of the machine's processor time that others took in a run.
         faults: why the side has no numbers.
@@ -149,6 +153,7 @@ class Summary:
     side: str
     speeds: list[float]
     bound: float
+    kept_up: float
     first: dict[bool, float]
     peak_bytes: int
     loss: float
@@ -170,15 +175,17 @@ def summarise(result: WorkResult, side: str) -> Summary:
     runs = result.list_runs(side)
     faults = list(dict.fromkeys(fault for run in runs for fault in find_faults(result, run)))
     if faults:
-        return Summary(side, [], math.nan, {}, 0, math.nan, math.nan, math.nan, 0, "", math.nan, faults)
+        return Summary(side, [], math.nan, math.nan, {}, 0, math.nan, math.nan, math.nan, 0, "", math.nan, faults)
     steps = len(runs[0].ends)
     seconds = [run.ends[-1] - run.ends[0] for run in runs]
     first = {cold: [run.ends[0] - run.started for run in runs if run.cold == cold] for cold in (True, False)}
     references = [each for name in (REFERENCE, OURS) for each in result.list_runs(name) if not each.error]
+    needed = sum(result.needed[1:steps]) / statistics.median(seconds)  # FLOP/s
     return Summary(
         side=side,
         speeds=[sum(result.tokens[1:steps]) / each for each in seconds],
-        bound=sum(result.needed[1:steps]) / result.peak_flops / statistics.median(seconds),
+        bound=needed / result.peak_flops,
+        kept_up=needed / statistics.median(result.kept_up_flops or [math.nan]),
         first={cold: statistics.median(times) for cold, times in first.items() if times},
         peak_bytes=max(run.peak_bytes for run in runs),
         loss=statistics.fmean(runs[0].losses),

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
+from benchmarks import speed_bound
 from benchmarks.profile_pass import ADAPTERS, ATTENTION, HEAD, LAYERS, REST, classify
 from benchmarks.speed_bound import NeededWork
 from benchmarks.speed_process import Attempt, execute, watch_lines
@@ -122,6 +123,7 @@ def make_result(*runs: Measurement) -> WorkResult:
         needed=[1e9, 2e9, 3e9],
         trainable=99,
         peak_flops=1e9,
+        kept_up_flops=[0.7e9, 0.9e9, 0.8e9],
         runs=list(runs),
     )
 
@@ -132,6 +134,20 @@ def test_speed_leaves_the_first_step_out_and_is_compared_with_the_bound() -> Non
     assert summary.speeds == [50 / 6, 50 / 3]
     assert summary.first == {True: 10.0, False: 5.0}
     assert summary.bound == pytest.approx(5 / 4.5)
+    assert summary.kept_up == pytest.approx(5 / 4.5 / 0.8)
+    page = "\n".join(format_work(result))
+    assert "| 111 % | 139 % |" in page
+    assert "Kept up for 10 s, products reach 1 GFLOP/s (1 to 1)." in page
+    old = format_work(replace(result, kept_up_flops=[]))  # of a session that did not measure it
+    assert "Kept up" not in "\n".join(old)
+
+
+def test_products_kept_up_are_no_faster_than_the_fastest_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_bound, "SIZES", ((64, 64, 64), (128, 128, 128)))
+    monkeypatch.setattr(speed_bound, "SECONDS", 0.05)
+    monkeypatch.setattr(speed_bound, "KEPT_UP_SECONDS", 0.2)
+    fastest, kept_up = speed_bound.measure_peak("float32")
+    assert 1e8 < kept_up < 2 * fastest
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True),
     "gemma": GemmaConfig(**GEMMA),
     "gemma2": Gemma2Config(**GEMMA, sliding_window=8, attn_logit_softcapping=1.0, final_logit_softcapping=2.0),
-    "gemma3_text": Gemma3TextConfig(**GEMMA, sliding_window=8, final_logit_softcapping=2.0),
+    "gemma3_text": Gemma3TextConfig(
+        **GEMMA,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],  # by default so small a model has no full one
+        final_logit_softcapping=2.0,
+    ),
     "phi": PhiConfig(**{**SHAPE, "num_key_value_heads": 4}, partial_rotary_factor=0.5),
     "phi3": Phi3Config(**SHAPE),
 }

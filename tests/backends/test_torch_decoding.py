@@ -20,6 +20,7 @@ from tests.backends.test_families import CONFIGS, OTHERS, SHAPE
 from utils.backends import GenerationSettings, torch_backend
 from utils.backends.torch_decoding import SLOT_MODELS, count_common, uses_slots
 from utils.backends.torch_generation import cut_at_stop
+from utils.backends.torch_head import find_head
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_sampling import choose_tokens, make_processors
 from utils.batching import Ids
@@ -30,15 +31,15 @@ LENGTHS = (3, 9, 1, 14, 6, 20, 2, 11, 5)  # more than the 4 that are answered at
 STOP_IDS = tuple(range(2, 30))  # a tenth of the vocabulary, so that rows end at different steps
 
 
-def make_model(config: PreTrainedConfig, seed: int = 0) -> TorchModel:
-    """A small random model in float32 on the CPU."""
+def make_model(config: PreTrainedConfig, seed: int = 0, *, frozen: bool = True) -> TorchModel:
+    """A small random model in float32 on the CPU; one that is trained keeps its head to itself."""
     torch.manual_seed(seed)
     network = AutoModelForCausalLM.from_config(config)
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.5)
     plan = MachinePlan("cpu", "a cpu", torch.float32, 2**30, 1, ())
-    return TorchModel(network.eval(), plan, Accelerator(cpu=True), "base")
+    return TorchModel(network.eval().requires_grad_(not frozen), plan, Accelerator(cpu=True), "base")
 
 
 def make_prompts(prefix: int = 0) -> list[Ids]:
@@ -72,7 +73,8 @@ def answer_alone(model: TorchModel, prompts: Sequence[Ids], settings: Generation
     ("name", "prefix"), [*((name, 7) for name in sorted({**CONFIGS, **OTHERS})), ("llama", 0), ("gpt2", 0)]
 )
 def test_rows_that_come_and_go_are_answered_as_each_is_alone(name: str, prefix: int) -> None:
-    model, prompts = make_model({**CONFIGS, **OTHERS}[name]), make_prompts(prefix)
+    model, prompts = make_model({**CONFIGS, **OTHERS}[name], frozen=prefix > 0), make_prompts(prefix)
+    assert (find_head(model.network) is not None) == (prefix > 0)
     assert uses_slots(model.network) == (name in SLOT_MODELS)
     endless = GenerationSettings(GenerationSection(max_new_tokens=20), (), 0)
     answers = answer_alone(model, prompts, endless)
@@ -167,6 +169,20 @@ def test_an_adapter_folded_into_the_weights_answers_as_it_does_beside_them() -> 
     beside = torch_backend.generate(adapted, prompts, settings, 4)
     assert beside == answer_alone(adapted, prompts, settings) != untouched
     assert torch_backend.generate(torch_backend.merge_adapter(adapted), prompts, settings, 4) == beside
+
+
+def test_a_sampled_answer_depends_on_what_the_model_does_to_its_logits() -> None:
+    scaled = make_model(copy.deepcopy(OTHERS["granite"]))
+    plain = make_model(copy.deepcopy(OTHERS["granite"]))
+    scaled.network.config.logits_scaling, plain.network.config.logits_scaling = 0.02, 1.0
+    answers = []
+    for model, divisor in ((scaled, 1.0), (plain, 0.02), (plain, 50.0)):  # the last one undoes the second
+        with torch.no_grad():
+            model.network.get_output_embeddings().weight.div_(divisor)
+        torch.manual_seed(0)
+        answers.append(torch_backend.generate(model, make_prompts(), make_settings(temperature=1.0), 4))
+    assert answers[0] == answers[1]
+    assert answers[0] != answers[2]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

@@ -11,7 +11,16 @@ import pytest
 from utils.backends import MachineFacts
 from utils.batching import Batch, pack_row, pad_rows
 from utils.evaluation import make_evaluation_batches
-from utils.flat_batches import FlatBatch, Span, count_common_start, count_own_tokens, flatten
+from utils.flat_batches import (
+    PASS_COST,
+    SHORTEST_SHARED,
+    FlatBatch,
+    Span,
+    count_common_start,
+    count_own_tokens,
+    flatten,
+    pays_off,
+)
 from utils.piece_encoder import EncodedExample
 
 SYSTEM = list(range(100, 112))
@@ -52,6 +61,14 @@ def expect_contexts(rows: list[EncodedExample]) -> list[tuple[tuple[int, ...], i
         for row in rows
         for index in np.flatnonzero(row.loss_mask).tolist()
     ]
+
+
+def test_a_pass_more_has_to_save_more_tokens_than_it_costs() -> None:
+    assert pays_off(PASS_COST + 1, 2)  # computed once in place of twice
+    assert not pays_off(PASS_COST, 2)
+    assert not pays_off(10 * PASS_COST, 1)
+    assert pays_off(SHORTEST_SHARED, 2 + PASS_COST // SHORTEST_SHARED)
+    assert not pays_off(SHORTEST_SHARED - 1, 1000)
 
 
 @pytest.mark.parametrize("beginning", [[], SYSTEM], ids=["nothing shared", "a shared system turn"])

@@ -107,6 +107,18 @@ def test_checkpointing_and_smaller_micro_batches_save_memory() -> None:
     assert estimate(make_recipe(micro_batch_size=1), CUDA).total < estimate(make_recipe(), CUDA).total
 
 
+def test_what_all_rows_begin_with_is_kept_beside_the_passes_that_read_it() -> None:
+    recipe, shape = make_recipe(), find_shape()
+    workload = assume_workload(recipe, shape, CPU)
+    without, with_it = (
+        estimate_memory(recipe, shape, CPU, replace(workload, beginning=tokens))
+        for tokens in (0, workload.training[0].tokens)
+    )
+    one_pass = without.activations / len(workload.training)
+    assert with_it.activations - without.activations == pytest.approx(one_pass, rel=0.1)
+    assert with_it.total - without.total >= with_it.activations - without.activations  # and the gaps that it leaves
+
+
 def test_a_file_in_another_format_is_beside_the_weights_while_loading() -> None:
     recipe, shape = make_recipe(batch_size=1), find_shape()
     tiny = replace(
