@@ -10,6 +10,7 @@ on the same core just before and after. The profiler itself takes a few percent.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
+from benchmarks.speed_bound import multiply  # noqa: E402
 from benchmarks.speed_work import LORA, WORKS, PreparedWork, prepare_work  # noqa: E402
 from config.recipe_io import load_recipe  # noqa: E402
 from utils.backends import load_backend  # noqa: E402
@@ -82,15 +84,8 @@ def profile(step: Any, batch: Any) -> dict[str, list[float]]:
 
 
 def measure_peak() -> float:
-    """FLOP/s of a large product on this core, the mean of a second: what is kept up, and not a lucky moment."""
-    import torch
-
-    size, count = 1024, 0
-    matrix, started = torch.ones(size, size), time.perf_counter()
-    while time.perf_counter() - started < 1:
-        matrix @ matrix
-        count += 1
-    return 2.0 * size**3 * count / (time.perf_counter() - started)
+    """FLOP/s of a large product on this core, kept up for a second."""
+    return statistics.harmonic_mean(multiply((1024, 1024, 1024), 1, "float32", "cpu"))
 
 
 def classify(name: str, shapes: Sequence[Sequence[int]], vocabulary: int) -> tuple[str, float]:

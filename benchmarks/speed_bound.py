@@ -33,9 +33,8 @@ SIZES = (
 )
 LARGE = (8192, 8192, 8192)  # on a GPU, which is not busy with less
 SECONDS = 1.5  # spent on each size
-KEPT_UP_SECONDS = (
-    10  # about as long as a step: a core that is warm, or shares its power, is slower than in a single product
-)
+# About as long as a step: a core that is warm, or shares its power, is slower than in a single product.
+KEPT_UP_SECONDS = 10
 
 
 def measure_peak(dtype: str, device: str = "cpu") -> tuple[float, float]:
