@@ -151,7 +151,7 @@ def test_inside_functions_only_tokenizer_hub_datasets_and_the_schemas_conversion
             top = target.split(".")[0]
             is_light = (
                 (top == "transformers" and is_in(path, "utils/tokenizer_files.py"))
-                or (top == "datasets" and is_in(path, "utils/data_sources.py"))
+                or (top == "datasets" and is_in(path, "utils/hub_datasets.py"))
                 or (top in ("transformers", "peft") and id(node) in allowed)
             )
             if top in FRAMEWORKS and not at_top and not is_light:

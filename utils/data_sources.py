@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ from config.scratch_rules import TEXT_SUFFIX
 from config.structured_config import DataSource
 from utils.data_loading import Row, check_file, find_kind, iterate_file, rename_row
 from utils.exceptions import DataError, Problem
+from utils.hub_datasets import find_version, iterate_hub, name_place
 from utils.messages import is_encodable
 from utils.text_files import is_text_file, iterate_text
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_SPLIT = re.compile(r"(?P<source>[\w.-]+/[\w.-]+)\[(?P<split>\w+)\]")  # as places of rows are written
 CHUNK = 1 << 20
-ROWS_PER_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def resolve_item(item: DataSource, where: str) -> list[RowSource]:
         if glob.has_magic(item.source):
             return expand_glob(item, where)
         if is_hub_id(item.source):
-            return [RowSource(f"{item.source}[{item.split}]", item.weight, None, item)]
+            return [RowSource(name_place(item), item.weight, None, item)]
     if not is_text_file(path):
         check_file(path)
     if unread := sorted(item.model_fields_set & {"split", "subset", "revision", "streaming"}):
@@ -142,7 +141,8 @@ def iterate_rows(
         DataError: the source cannot be read, or holds no rows.
     """
     if source.path is None:
-        found = iterate_hub(source)
+        assert source.hub is not None
+        found = iterate_hub(source.hub)
     else:
         found = iterate_text(source.path) if is_text_file(source.path) else iterate_file(source.path)
     if not columns:
@@ -162,102 +162,6 @@ def find_unknown_columns(unseen: set[str], sources: Sequence[RowSource]) -> Iter
     for name in sorted(unseen):
         fix = "write the name as the rows have it, or remove it"
         yield Problem("missing-column", f"data.columns names {name!r}, which no row has", sources[0].name, fix)
-
-
-def iterate_hub(source: RowSource) -> Iterator[Row | Problem]:
-    """Yields the rows of a hub dataset; where = `org/name[split]:ROW`, from 1."""
-    from utils.table_files import make_table_row
-
-    number = 0
-    rows = iterate_undecoded(open_hub(source))
-    while (fields := read_next(source, rows)) is not None:
-        number += 1
-        yield make_table_row(fields, f"{source.name}:{number}")
-    if not number:
-        raise DataError("holds no rows", where=source.name, fix="choose another split", code="no-rows")
-
-
-def iterate_undecoded(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Yields rows as they are stored: decoding an image or a sound would open the path or address that the row names."""
-    for table in dataset.with_format("arrow").iter(batch_size=ROWS_PER_BATCH):
-        yield from table.to_pylist()
-
-
-def read_next(source: RowSource, rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
-    """The next row of a hub dataset, or None at its end.
-
-    Raises:
-        DataError: a stream broke off.
-    """
-    import httpx2
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return next(rows, None)
-    except (OSError, ValueError, RuntimeError, KeyError, DatasetsError, httpx2.HTTPError) as error:
-        raise explain_hub_error(source, error) from error
-
-
-def open_hub(source: RowSource) -> Any:
-    """Opens a hub dataset: from the cache, from the hub, or as a stream.
-
-    Returns:
-        A `Dataset`, or an `IterableDataset` when `streaming` asks for it.
-
-    Raises:
-        DataError: it cannot be had; the fix says how.
-    """
-    hub = source.hub
-    assert hub is not None
-    from datasets import disable_progress_bars, enable_progress_bars, load_dataset
-    from datasets.exceptions import DatasetsError
-
-    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
-        disable_progress_bars()
-    try:
-        return load_dataset(
-            hub.source, name=hub.subset, split=hub.split, revision=hub.revision, streaming=hub.streaming
-        )
-    except (OSError, ValueError, RuntimeError, NotImplementedError, KeyError, DatasetsError) as error:
-        raise explain_hub_error(source, error) from error
-    finally:
-        enable_progress_bars()
-
-
-def explain_hub_error(source: RowSource, error: Exception) -> DataError:
-    """A line with a way out, instead of the library's traceback."""
-    hub = source.hub
-    assert hub is not None
-    text = " ".join(str(error).split())
-    message, fix, code = f"cannot be loaded: {text[:300]}", None, "hub"
-    if "gated" in text or "401" in text or "403" in text:
-        message, code = "needs permission", "hub-gated"
-        fix = f"accept its terms on https://huggingface.co/datasets/{hub.source}, and set HF_TOKEN"
-    elif "BuilderConfig" in text or "Config name is missing" in text or "Available configs" in text:
-        message, code = f"has no subset {hub.subset}" if hub.subset else "has several subsets", "hub-subset"
-        fix = f"set subset to one of {', '.join(find_names(text, hub.subset or ''))}"
-    elif "offline" in text.lower() or "Couldn't reach" in text or "Couldn't find cache" in text:
-        message, code = "is not in the cache, and the hub cannot be reached", "hub-offline"
-        fix = f"unset HF_HUB_OFFLINE, or get it on a machine with network: hf download {hub.source} --repo-type dataset"
-        if os.environ.get("HF_HUB_OFFLINE", "") in ("", "0"):
-            fix = "check the network; or name a file"
-    elif "Unknown split" in text or "Bad split" in text:
-        message, code = f"has no split {hub.split}", "hub-split"
-        fix = f"set split to one of {', '.join(find_names(text, hub.split))}"
-    elif "doesn't exist" in text or "404" in text:
-        message, code = "is on no hub that this machine reaches, and no such file exists", "no-file"
-        fix = "check the spelling; private datasets need HF_TOKEN"
-    elif "script" in text:
-        message, code = "is a dataset made by a script, which is never run", "hub-script"
-        fix = "convert it to Parquet, or use a branch that is: revision: refs/convert/parquet"
-    return DataError(message, where=source.name, fix=fix, code=code)
-
-
-def find_names(text: str, asked: str) -> list[str]:
-    """Names that the library lists as available, the one asked for left out."""
-    listed = re.findall(r"\[([^\[\]]*)\]", text)
-    names = re.findall(r"'?([\w.-]+)'?", listed[-1]) if listed else []
-    return [name for name in names if name != asked] or ["those on its page"]
 
 
 def hash_source(source: RowSource) -> str:
@@ -280,19 +184,5 @@ def hash_source(source: RowSource) -> str:
         return digest.hexdigest()
     hub = source.hub
     assert hub is not None
-    version = find_commit(source) if hub.streaming else open_hub(source)._fingerprint
-    digest.update("\0".join((hub.source, hub.subset or "", hub.split, version)).encode())
+    digest.update("\0".join((hub.source, hub.subset or "", hub.split, find_version(hub))).encode())
     return digest.hexdigest()
-
-
-def find_commit(source: RowSource) -> str:
-    """The commit that a streamed dataset is read at."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    hub = source.hub
-    assert hub is not None
-    try:
-        return str(HfApi().dataset_info(hub.source, revision=hub.revision).sha)
-    except (OSError, ValueError, OfflineModeIsEnabled) as error:
-        raise explain_hub_error(source, error) from error

@@ -43,6 +43,7 @@ CODE = (
     "fingerprints",
     "row_groups",
     "data_sources",
+    "hub_datasets",
     "row_checks",
     "examples",
     "text_files",

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ from pyarrow import parquet
 
 from config.structured_config import DataSource
 from utils.data_loading import Row
-from utils.data_sources import RowSource, explain_hub_error, find_sources, hash_source, iterate_rows, iterate_undecoded
+from utils.data_sources import RowSource, find_sources, hash_source, iterate_rows
 from utils.exceptions import DataError, Problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,85 +135,6 @@ def test_a_hash_follows_the_bytes_and_not_the_name(tmp_path: Path) -> None:
     assert len(hashes[0]) == 64
 
 
-@pytest.mark.parametrize(
-    ("text", "code", "words"),
-    [
-        ("Dataset 'org/name' is a gated dataset on the Hub. Visit …", "hub-gated", "HF_TOKEN"),
-        ("Couldn't reach 'org/name' on the Hub (OfflineModeIsEnabled)", "hub-offline", "org/name"),
-        ("Unknown split \"tset\". Should be one of ['train', 'test'].", "hub-split", "train, test"),
-        ("BuilderConfig 'xx' not found. Available: ['en', 'fr']", "hub-subset", "en, fr"),
-        (
-            "Couldn't find cache for org/name for config 'xx'\nAvailable configs in the cache: ['en']",
-            "hub-subset",
-            "en",
-        ),
-        ("Config name is missing.\nPlease pick one among the available configs: ['en', 'fr']", "hub-subset", "en, fr"),
-        ("Dataset 'org/name' doesn't exist on the Hub or cannot be accessed.", "no-file", "HF_TOKEN"),
-        ("Dataset scripts are no longer supported, but found name.py", "hub-script", "parquet"),
-    ],
-)
-def test_what_the_hub_refuses_becomes_a_line_with_a_way_out(text: str, code: str, words: str) -> None:
-    source = RowSource("org/name[tset]", hub=DataSource(source="org/name", split="tset"))
-    (problem,) = explain_hub_error(source, ValueError(text)).problems
-    assert (problem.code, problem.where) == (code, "org/name[tset]")
-    assert words in (problem.fix or "")
-
-
-HUB_SCRIPT = """
-import json, sys
-from config.structured_config import DataSource
-from utils.data_sources import find_sources, hash_source, iterate_rows, iterate_undecoded
-from utils.exceptions import DataError
-for name, split in (argument.split(":") for argument in sys.argv[1:]):
-    (source,) = find_sources(DataSource(source=name, split=split), "recipe.yaml:4")
-    try:
-        print(json.dumps([[row.fields, row.where] for row in iterate_rows(source, {})] + [hash_source(source)]))
-    except DataError as error:
-        print(json.dumps(error.problems[0].to_json()))
-assert "torch" not in sys.modules
-"""
-
-
-def run_offline(cache: Path, *arguments: str) -> list[Any]:
-    """Reads hub datasets in a process of its own, because the library looks at the environment when imported."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", HUB_SCRIPT, *arguments],
-        cwd=cache,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_without_network_a_hub_dataset_is_read_from_the_cache_or_refused(tmp_path: Path) -> None:
-    # The library's cache of `org/name`, made as it makes one: a local folder is loaded, and its cache renamed.
-    folder = tmp_path / "name"
-    folder.mkdir()
-    rows = [{"question": "a", "answer": "b", "level": None}, {"question": "c", "answer": "d", "level": 2}]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    code = f"import datasets; datasets.load_dataset({str(folder)!r})"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache)}
-    subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120, check=True)
-    shutil.move(cache / "datasets" / "name", cache / "datasets" / "org___name")
-    read, wrong_split, uncached = run_offline(cache, "org/name:train", "org/name:tset", "org/other:train")
-    assert read[:2] == [
-        [{"question": "a", "answer": "b"}, "org/name[train]:1"],
-        [{"question": "c", "answer": "d", "level": 2}, "org/name[train]:2"],
-    ]
-    assert len(read[2]) == 64
-    assert (wrong_split["code"], wrong_split["where"]) == ("hub-split", "org/name[tset]")
-    assert "train" in wrong_split["fix"]
-    assert uncached["code"] == "hub-offline"
-    assert "HF_HUB_OFFLINE" in uncached["fix"]
-
-
 def test_a_gzipped_file_is_a_source(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
@@ -252,21 +169,6 @@ def test_a_split_of_a_hub_dataset_may_be_named_as_places_of_rows_are_written() -
     assert short.name == long.name == "lab/sums[test]"
     assert short.hub is not None
     assert (short.hub.source, short.hub.split) == ("lab/sums", "test")
-
-
-def test_what_a_row_of_a_hub_dataset_names_is_never_opened(tmp_path: Path) -> None:
-    # datasets decodes an image by opening the path or address that its row holds, whoever wrote it (as CVE-2025-61784).
-    from datasets import Dataset, Features, Image, Value
-
-    here = {"bytes": None, "path": str(tmp_path / "secret.png")}
-    there = {"bytes": None, "path": "http://127.0.0.1:9/x.png"}
-    features = Features({"picture": Image(), "text": Value("string")})
-    dataset = Dataset.from_dict({"picture": [here, there], "text": ["a", "b"]}, features=features)
-    with pytest.raises(FileNotFoundError):
-        dataset[0]
-    rows = list(iterate_undecoded(dataset))
-    assert rows == [{"picture": here, "text": "a"}, {"picture": there, "text": "b"}]
-    assert list(iterate_undecoded(dataset.to_iterable_dataset())) == rows
 
 
 def test_an_address_is_no_data_file() -> None:

@@ -104,7 +104,10 @@ class Hub:
         while self.stalled:
             time.sleep(0.05)
         path = request.path.split("?")[0].lstrip("/")
-        matched = re.fullmatch(r"(?:api/models/)?([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?", path)
+        matched = re.fullmatch(
+            r"(?:api/models/|api/datasets/|datasets/)?([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?",
+            path,
+        )
         assert matched, path
         model, kind, revision, name = matched.groups()
         failure = self.failures.get(f"{model}/{name}") or self.failures.get(model)
