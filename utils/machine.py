@@ -24,6 +24,10 @@ DeviceName = Literal["cuda", "mps", "metal", "cpu"]
 DEVICES: tuple[DeviceName, ...] = ("cuda", "mps", "metal", "cpu")
 # Tokens that one forward pass should hold when micro_batch_size is auto.
 TOKEN_BUDGETS = {"cpu": 256, "mps": 2048, "metal": 2048, "cuda": 16_384}
+# Logits, numbers of rows x vocabulary, that the head of a training pass forms at once: on a CPU they are a large part of what
+# the workers hold side by side. The floor keeps reading the head's weights cheaper than using them.
+LOGIT_BUDGETS = {"cpu": 4_194_304, "mps": 8_388_608, "cuda": 8_388_608}
+FEWEST_LOGIT_ROWS = 64
 METAL_SHARE = 0.75  # Metal recommends to use about three quarters of Apple's shared memory
 
 
@@ -74,6 +78,11 @@ def inspect_machine(backend: str = "torch") -> Machine:
         quick_bfloat16=device == "metal" or (backend == "torch" and guess_quick_bfloat16(device)),
         backend=backend,
     )
+
+
+def count_logit_rows(vocabulary: int, device: str) -> int:
+    """Rows of logits that are formed at once where the head is frozen and rows are not padded."""
+    return max(FEWEST_LOGIT_ROWS, LOGIT_BUDGETS[device] // vocabulary)
 
 
 def choose_dtype(asked: str, machine: Machine) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from config.structured_config import Recipe
 from utils.activations import BYTES, MASTER, count_activations, count_adapters, count_layer, count_whole_ends
 from utils.exceptions import MachineError, Problem
-from utils.machine import Machine, choose_dtype
+from utils.machine import Machine, choose_dtype, count_logit_rows
 from utils.model_shape import ModelShape
 from utils.model_source import ModelSource
 from utils.optimizer_memory import count_optimizer_bytes
@@ -34,8 +34,6 @@ CHECKPOINT_GAPS = 0.3
 # Copies of the logits at the start of the backward pass: log-probabilities, their gradient, and the gradient of the logits.
 TRAINING_LOGITS = 12
 EVALUATION_LOGITS = 8  # logits and log-probabilities in float32
-# Logits that are alive at once where the head is frozen and rows are not padded: `CHUNK` of backends/torch_head.py.
-LOGITS_CHUNK = 8_388_608
 # Of bitsandbytes' 4 bits with an 8-bit scale for each 64 weights; of MLX's with a scale and an offset of up to 4 bytes each.
 QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.516, "fp4": 0.516, "int4": 0.625}
 
@@ -101,7 +99,7 @@ def estimate_memory(
     base = count_weight_bytes(recipe, shape, size)
     adapters = MASTER * count_adapters(recipe.lora, shape)
     training = measure_training(recipe, shape, machine, workload, size)
-    scoring = measure_scoring(shape, workload, size, is_chunked=chunks_logits(recipe, shape, machine))
+    scoring = measure_scoring(shape, workload, size, limit_logit_rows(recipe, shape, machine))
     optimizer = count_optimizer_bytes(recipe, shape)
     on_cuda = machine.device == "cuda"
     fixed = 0 if on_cuda else LIBRARIES + FIRST_STEP + (0 if recipe.model.quantization == "none" else COMPILER)
@@ -129,8 +127,8 @@ def measure_training(recipe: Recipe, shape: ModelShape, machine: Machine, worklo
     passes, embedding = workload.training, MASTER * shape.vocabulary * shape.hidden
     trained = MASTER * (count_adapters(recipe.lora, shape) or shape.parameters)
     activations = [count_activations(recipe, shape, item, size, machine.device) for item in passes]
-    is_chunked = chunks_logits(recipe, shape, machine)
-    logits = [TRAINING_LOGITS * count_logits(item, shape, is_chunked=is_chunked) for item in passes]
+    most_rows = limit_logit_rows(recipe, shape, machine)
+    logits = [TRAINING_LOGITS * count_logits(item, shape, most_rows) for item in passes]
     # Gradients appear layer by layer while activations go, so a pass holds the larger of the two, not both.
     held = [a + b for a, b in zip(activations, logits, strict=True)]
     gradients = sum(max(0, trained - live) for live in held)
@@ -148,23 +146,26 @@ def measure_training(recipe: Recipe, shape: ModelShape, machine: Machine, worklo
     return Buffers(sum(activations), sum(logits), gradients, heap)
 
 
-def measure_scoring(shape: ModelShape, workload: Workload, size: int, *, is_chunked: bool) -> Buffers:
+def measure_scoring(shape: ModelShape, workload: Workload, size: int, most_rows: int | None) -> Buffers:
     """What the batches of held-out rows that are scored side by side hold: no layer keeps anything."""
     passes = workload.evaluation
     activations = sum(item.tokens * size * (4 * shape.hidden + 3 * shape.intermediate) for item in passes)
-    logits = sum(EVALUATION_LOGITS * count_logits(item, shape, is_chunked=is_chunked) for item in passes)
+    logits = sum(EVALUATION_LOGITS * count_logits(item, shape, most_rows) for item in passes)
     return Buffers(activations, logits, 0, int(HEAP_GROWTH * (activations + logits)))
 
 
-def chunks_logits(recipe: Recipe, shape: ModelShape, machine: Machine) -> bool:
-    """True where the logits of a pass are formed a few rows at a time: a frozen head, on rows without padding."""
-    return recipe.lora is not None and count_whole_ends(recipe.lora, shape) == 0 and expect_flat(recipe, shape, machine)
+def limit_logit_rows(recipe: Recipe, shape: ModelShape, machine: Machine) -> int | None:
+    """How many rows of logits are formed at once, or None for all of a pass: a head that is not frozen, or padded rows."""
+    is_frozen = recipe.lora is not None and count_whole_ends(recipe.lora, shape) == 0
+    if not is_frozen or not expect_flat(recipe, shape, machine):
+        return None
+    return count_logit_rows(shape.vocabulary, machine.device)
 
 
-def count_logits(item: ForwardPass, shape: ModelShape, *, is_chunked: bool) -> int:
+def count_logits(item: ForwardPass, shape: ModelShape, most_rows: int | None) -> int:
     """Logits of a pass that are alive at once."""
-    whole = item.supervised * shape.vocabulary
-    return min(whole, max(LOGITS_CHUNK, shape.vocabulary)) if is_chunked else whole
+    rows = item.supervised if most_rows is None else min(item.supervised, most_rows)
+    return rows * shape.vocabulary
 
 
 def count_weight_bytes(recipe: Recipe, shape: ModelShape, size: int) -> int:

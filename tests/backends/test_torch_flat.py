@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from config.structured_config import LoraSection, Recipe
 from tests.backends.test_families import CONFIGS, OTHERS, open_source
+from utils import machine
 from utils.backends import torch_backend, torch_head
 from utils.backends.torch_beginning import compute_beginning
 from utils.backends.torch_head import Head, compute_losses, find_head
@@ -189,12 +190,13 @@ def test_a_neighbour_in_the_same_pass_moves_no_loss(name: str, tmp_path: Path) -
     assert not torch.allclose(losses[:9], others[:9])
 
 
-@pytest.mark.parametrize("chunk", [1, 300 * 4, 10**9], ids=["a row at a time", "4 rows", "all at once"])
+@pytest.mark.parametrize("rows", [1, 4, 10**9], ids=["a row at a time", "4 rows", "all at once"])
 @pytest.mark.parametrize("name", ["llama", "gptj", *HEADS])
 def test_the_chunked_head_gives_the_models_own_losses(
-    name: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_head, "CHUNK", chunk)
+    monkeypatch.setitem(machine.LOGIT_BUDGETS, "cpu", 1)
+    monkeypatch.setattr(machine, "FEWEST_LOGIT_ROWS", rows)
     model, _ = load(name, tmp_path)
     whole: Any = model.network.get_base_model()
     head = find_head(whole)

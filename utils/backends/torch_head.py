@@ -1,9 +1,9 @@
 """The output head and its loss on torch, at learned positions only and a few rows at a time.
 
-The logits of a whole batch are the largest tensors of a run: rows x vocabulary, three times over. Here they exist for `CHUNK`
-numbers at a time. While a chunk is there, the gradient of each row's loss by its hidden state is formed too, so the backward
-pass only multiplies by what each loss counts: nothing is computed twice, for any loss that is made of token losses (Liger
-Kernel, arXiv 2410.10989, section 3.2, has the same for a mean).
+The logits of a whole batch are the largest tensors of a run: rows x vocabulary, three times over. Here they exist for some
+rows at a time. While they are there, the gradient of each row's loss by its hidden state is formed too, so the backward pass
+only multiplies by what each loss counts: nothing is computed twice, for any loss that is made of token losses (Liger Kernel,
+arXiv 2410.10989, section 3.2, has the same for a mean).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-# Numbers of a chunk of logits: enough rows that reading the head's weights does not cost more than using them.
-CHUNK = 8_388_608
+from utils.machine import count_logit_rows
+
 # Rows of the head's weights that are multiplied at once on a CPU: the library's copies of them then stay in the cache.
 BLOCK = 1024
 
@@ -90,7 +90,7 @@ class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]  # torch types
         """Losses, shape (rows,); the gradients are formed only where they will be asked for."""
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = max(1, CHUNK // len(head.weight))
+        rows = count_logit_rows(len(head.weight), hidden.device.type)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = head.compute(hidden[part])
