@@ -26,8 +26,8 @@ DEVICES: tuple[DeviceName, ...] = ("cuda", "mps", "metal", "cpu")
 TOKEN_BUDGETS = {"cpu": 256, "mps": 2048, "metal": 2048, "cuda": 16_384}
 # Logits, numbers of rows x vocabulary, that the head of a training pass forms at once: on a CPU they are a large part of what
 # the workers hold side by side. The floor keeps reading the head's weights cheaper than using them.
-LOGIT_BUDGETS = {"cpu": 4_194_304, "mps": 8_388_608, "cuda": 8_388_608}
-FEWEST_LOGIT_ROWS = 64
+LOGIT_BUDGETS = {"cpu": 2_097_152, "mps": 8_388_608, "cuda": 8_388_608}
+FEWEST_LOGIT_ROWS = 40
 METAL_SHARE = 0.75  # Metal recommends to use about three quarters of Apple's shared memory
 
 
