@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +70,29 @@ def open_hub(hub: DataSource) -> Any:
     Raises:
         DataError: it cannot be had; the fix says how.
     """
+    from huggingface_hub import is_offline_mode
+
     folder = find_download(hub)
-    if folder is None and is_offline() and not may_be_prepared(hub):
+    if folder is None and is_offline_mode() and not may_be_prepared(hub):
         raise make_offline_error(hub)  # in a tenth of the time that the import below takes
-    from datasets import disable_progress_bars, enable_progress_bars, load_dataset
+    from datasets import disable_progress_bars, enable_progress_bars, load_dataset_builder
     from datasets.exceptions import DatasetsError
 
-    if is_offline():
+    if is_offline_mode():
         disable_progress_bars()
     source, revision = (hub.source, hub.revision) if folder is None else (str(folder), None)
     try:
-        dataset = load_dataset(source, name=hub.subset, split=hub.split, revision=revision, streaming=hub.streaming)
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, DatasetsError) as error:
+        builder = load_dataset_builder(source, name=hub.subset, revision=revision)
+        check_files(hub, builder.config.data_files or {}, folder)
+        if hub.streaming:
+            return builder.as_streaming_dataset(split=hub.split)
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split=hub.split)
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, ImportError, DatasetsError) as error:
         raise explain_hub_error(hub, error) from error
     finally:
         enable_progress_bars()
-    if folder is None and not hub.streaming:
+    if folder is None:
         check_commit(hub, dataset)
     return dataset
 
@@ -98,11 +106,6 @@ def find_version(hub: DataSource) -> str:
     if (folder := find_download(hub)) is not None:
         return folder.name
     return find_commit(hub) if hub.streaming else str(open_hub(hub)._fingerprint)
-
-
-def is_offline() -> bool:
-    """True where the user forbids the network."""
-    return os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
 
 
 def find_download(hub: DataSource) -> Path | None:
@@ -132,6 +135,30 @@ def may_be_prepared(hub: DataSource) -> bool:
     return any(cache.glob(f"{owner}___*"))
 
 
+def check_files(hub: DataSource, files: Mapping[str, Sequence[str]], folder: Path | None) -> None:
+    """Refuses a dataset whose card names files that are not its own: the library would read any file of this machine.
+
+    Args:
+        files: of each split.
+        folder: the download; None where the files are on the hub.
+
+    Raises:
+        DataError: it does.
+    """
+    for name in itertools.chain.from_iterable(files.values()):
+        # A file of a download is a link to the cache's folder of this dataset.
+        is_own = (
+            name.startswith("hf://")
+            if folder is None
+            else Path(name).resolve().is_relative_to(folder.parents[1].resolve())
+        )
+        if not is_own:
+            fix = "do not use it, or name files that you have looked at"
+            raise DataError(
+                f"its card names a file outside of it: {name}", where=name_place(hub), fix=fix, code="hub-outside"
+            )
+
+
 def check_commit(hub: DataSource, dataset: Any) -> None:
     """Refuses rows of another commit than the recipe pins.
 
@@ -156,9 +183,11 @@ def write_download(hub: DataSource) -> str:
 
 def make_offline_error(hub: DataSource) -> DataError:
     """The ways on without a network."""
+    from huggingface_hub import is_offline_mode
+
     message = "is not in the cache, and the hub cannot be reached"
     fix = "check the network; or name a file"
-    if is_offline():
+    if is_offline_mode():
         fix = f"unset HF_HUB_OFFLINE, or get it on a machine with network: {write_download(hub)}"
     return DataError(message, where=name_place(hub), fix=fix, code="hub-offline")
 

@@ -29,10 +29,15 @@ configs:
   data_files: small.jsonl
 - config_name: mixed
   data_files: mixed-*
+- config_name: absolute
+  data_files: SECRET
+- config_name: above
+  data_files: ../../../../secret.jsonl
+- config_name: web
+  data_files: http://127.0.0.1:9/secret.jsonl
 ---
 """
 FILES = {
-    "README.md": CARD,
     "main/train-0.jsonl": LINES.splitlines(keepends=True)[0],
     "main/train-1.jsonl": LINES.splitlines(keepends=True)[1],
     "small.jsonl": LINES,
@@ -94,9 +99,12 @@ def read_offline(home: Path, *asked: dict[str, Any]) -> list[Any]:
     return [json.loads(line) for line in output.splitlines()]
 
 
-def download(hub: Hub, home: Path, *options: str) -> None:  # noqa: F811
-    """The command that our message names."""
-    hub.models["org/name"] = {name: text.encode() for name, text in FILES.items()}
+def download(hub: Hub, home: Path, *options: str, **words: str) -> None:  # noqa: F811
+    """The command that our message names; words of the card are replaced."""
+    card = CARD
+    for word, text in words.items():
+        card = card.replace(word, text)
+    hub.models["org/name"] = {name: text.encode() for name, text in {**FILES, "README.md": card}.items()}
     command = [str(Path(sys.executable).parent / "hf"), "download", "org/name", "--repo-type", "dataset", *options]
     run(command, make_environment(hub, home))
 
@@ -164,13 +172,30 @@ def test_the_command_of_the_message_makes_a_dataset_readable_without_network(hub
     for found in (mixed, mixed_stream):
         assert found["code"] == "hub"
         assert "cast" in found["message"]
-    assert (no_subset["code"], no_subset["fix"]) == ("hub-subset", "set subset to one of main, small, mixed")
+    assert (no_subset["code"], no_subset["fix"]) == (
+        "hub-subset",
+        "set subset to one of main, small, mixed, absolute, above, web",
+    )
     assert (no_split["code"], no_split["fix"]) == ("hub-split", "set split to one of train")
     assert no_revision["code"] == "hub-offline"
     # With a network it is not asked: this address has no server.
     environment = make_environment("http://127.0.0.1:9", tmp_path)
     (unasked,) = run([sys.executable, "-c", DRIVER, json.dumps([asked])], environment).splitlines()
     assert json.loads(unasked) == rows
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_card_of_a_dataset_chooses_no_file_of_this_machine(hub: Hub, tmp_path: Path, streaming: bool) -> None:  # noqa: F811
+    # datasets opens whatever path or address a card names.
+    secret = tmp_path / "secret.jsonl"
+    secret.write_text('{"text": "secret"}\n', encoding="utf-8")
+    download(hub, tmp_path, SECRET=str(secret))
+    asked = [{"source": "org/name", "subset": name, "streaming": streaming} for name in ("absolute", "above", "web")]
+    absolute, above, web = read_offline(tmp_path, *asked)
+    for found in (absolute, above):
+        assert found["code"] == "hub-outside"
+        assert "secret.jsonl" in found["message"]
+    assert web["code"] in ("hub", "hub-outside")
 
 
 def test_a_part_of_a_download_is_never_taken_for_the_whole(hub: Hub, tmp_path: Path) -> None:  # noqa: F811
