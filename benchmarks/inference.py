@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", default="text_to_sql", help="of the page (default: text_to_sql)")
     parser.add_argument("--count", type=int, default=200, help="prompts, the first ones (default: 200)")
     parser.add_argument("--few", type=int, default=64, help=f"prompts at sizes below {SMALL} (default: 64)")
+    parser.add_argument(
+        "--shots", type=int, default=0, help="worked examples before each prompt, the file's first rows"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="batch sizes of the pipeline")
     parser.add_argument("--ours", type=int, nargs="+", default=(64,), help="our evaluation.batch_size")
@@ -74,7 +77,7 @@ def measure_all(options: argparse.Namespace) -> list[Measurement]:
             if known > turn or options.only not in (None, work):
                 continue
             words = ["--rows", options.rows, "--count", options.count, "--few", options.few]
-            words += ["--max-new-tokens", options.max_new_tokens, "--run", work]
+            words += ["--shots", options.shots, "--max-new-tokens", options.max_new_tokens, "--run", work]
             command = [sys.executable, str(Path(__file__)), *map(str, words)]
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
@@ -85,20 +88,29 @@ def measure_all(options: argparse.Namespace) -> list[Measurement]:
     return found
 
 
-def read_chats(path: Path, count: int) -> list[list[dict[str, str]]]:
-    """The first prompts: of `messages`, `prompt` or `question` rows, and of `text` rows what stands before `A:`."""
-    chats = []
-    for line in path.read_text(encoding="utf-8").splitlines()[:count]:
-        row = json.loads(line)
-        text = row.get("prompt") or row.get("question") or row.get("text", "").rpartition("\nA:")[0]
-        chats.append(row["messages"][:1] if "messages" in row else [{"role": "user", "content": text}])
-    return chats
+def read_chats(path: Path, count: int, shots: int = 0) -> list[list[dict[str, str]]]:
+    """The first prompts, behind as many worked examples; those are the file's first rows, and no prompts."""
+    lines = path.read_text(encoding="utf-8").splitlines()[: shots + count]
+    turns = [read_turns(json.loads(line)) for line in lines]
+    examples = [turn for pair in turns[:shots] for turn in pair]
+    return [[*examples, question] for question, _ in turns[shots:]]
+
+
+def read_turns(row: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Question and answer of `messages`, `prompt` or `question` rows; a `text` row's answer stands behind `A:`."""
+    if "messages" in row:
+        return row["messages"][0], row["messages"][1]
+    text, _, rest = row.get("text", "").rpartition("\nA:")
+    question = row.get("prompt") or row.get("question") or text
+    answer = row.get("completion") or row.get("answer") or rest.strip()
+    return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
 
 
 def run_one(options: argparse.Namespace, work: str) -> Measurement:
     """Loads the model, answers, and says how long the answering took."""
     side, _, size = work.partition("-")
-    chats = read_chats(options.rows, options.few if side == "pipeline" and int(size) < SMALL else options.count)
+    count = options.few if side == "pipeline" and int(size) < SMALL else options.count
+    chats = read_chats(options.rows, count, options.shots)
     answer = answer_ours if side == "ours" else answer_pipeline
     answers, seconds, tokenizer = answer(chats, int(size), options.max_new_tokens)
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 from config.structured_config import GenerationSection, Recipe
 from tests.backends.test_families import CONFIGS, OTHERS, SHAPE
 from utils.backends import GenerationSettings, torch_backend
-from utils.backends.torch_decoding import SLOT_MODELS, count_common, uses_slots
+from utils.backends.torch_decoding import SLOT_MODELS, count_shared, uses_slots
 from utils.backends.torch_generation import cut_at_stop
 from utils.backends.torch_head import find_head
 from utils.backends.torch_model import TorchModel
@@ -221,7 +221,8 @@ def test_fewer_rows_are_answered_at_once_where_their_cache_might_not_fit(
 
 
 def test_the_common_beginning_ends_where_any_prompt_differs_or_ends() -> None:
-    assert count_common([[1, 2, 3, 4], [1, 2, 9], [1, 2, 3]]) == 2
-    assert count_common([[1, 2, 3], [1, 2]]) == 2
-    assert count_common([[1], [2]]) == 0
-    assert count_common([[], [2]]) == 0
+    assert count_shared([[1, 2, 3, 4], [1, 2, 9], [1, 2, 3]]) == 2
+    assert count_shared([[1, 2, 3], [1, 2, 3, 4]]) == 2  # a row's last token is its first step
+    assert count_shared([[1, 2, 3], [1, 2, 3]]) == 2
+    assert count_shared([[1, 2, 3]]) == 0
+    assert count_shared([[1], [2]]) == 0

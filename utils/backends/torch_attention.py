@@ -1,13 +1,15 @@
-"""Attention over a flat batch on torch: each stretch of tokens sees itself and what it continues, and no other.
+"""Attention that knows what rows have in common, on torch.
 
-transformers calls `attend` wherever a model's configuration names `NAME`. Without spans it does what transformers' own fused
-attention does: generation, and models in hands other than ours, see no difference.
+In a flat batch each stretch of tokens sees itself and what it continues, and no other. Rows that are answered together look at
+what all begin with once. transformers calls `attend` wherever a model's configuration names `NAME`; without a `Sight` it does
+what transformers' own fused attention does: models in hands other than ours see no difference.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +32,21 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+@contextmanager
+def use(network: Any) -> Iterator[bool]:
+    """`attend` in place of transformers' fused attention; whether the network takes it, which has to be fused for that."""
+    former = network.config._attn_implementation
+    if former != "sdpa":
+        yield former == NAME
+        return
+    register()
+    network.set_attn_implementation(NAME)
+    try:
+        yield True
+    finally:
+        network.set_attn_implementation(former)
+
+
 @dataclass(frozen=True)
 class Sight:
     """What the tokens of a flat batch see.
@@ -48,31 +65,44 @@ class Sight:
     masks: dict[tuple[Span, int | None], torch.Tensor | None] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class RowSight:
+    """What rows that are answered, one token of each, see before their own keys.
+
+    Attributes:
+        first: keys and values by attention module, each of shape (1, key heads, tokens, width).
+    """
+
+    first: Mapping[nn.Module, KeysValues]
+
+
 def attend(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    sight: Sight | None = None,
+    sight: Sight | RowSight | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface.
 
     Args:
-        query: shape (1, heads, tokens, width) where there is a sight.
+        query: shape (rows, heads, tokens, width), with one row for a flat batch.
         key, value: the same with as many heads or fewer, each for a group of query heads.
-        sight: of the flat batch, or None for a padded one.
+        sight: None for a padded batch without anything in common.
 
     Returns:
-        Shape (1, tokens, heads, width), and no probabilities.
+        Shape (rows, tokens, heads, width), and no probabilities.
     """
     if sight is None:
         padded: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
         return padded
+    scale, window = others.get("scaling"), others.get("sliding_window")
+    if isinstance(sight, RowSight):
+        return attend_apart(query, key, value, sight.first[module], attention_mask, scale, window), None
     if sight.kept is not None:
         sight.kept.setdefault(module, (key, value))  # checkpointing comes here twice
-    scale, window = others.get("scaling"), others.get("sliding_window")
     first_keys, first_values = (None, None) if sight.first is None else sight.first[module]
     parts = []
     for span in sight.spans:
@@ -90,6 +120,52 @@ def attend(
         parts.append(result)
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return whole.transpose(1, 2), None
+
+
+def attend_apart(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    shared: KeysValues,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """One token of each row sees keys that all rows share, which are read once for all, and then its own.
+
+    The scores of both stand side by side in one softmax, so that the result is that of plain attention (the decomposition of
+    Hydragen, arXiv 2402.05099, without its second softmax).
+
+    Args:
+        query: shape (rows, heads, 1, width).
+        key, value: own ones, shape (rows, key heads, own, width).
+        shared: keys and values, shape (1, key heads, shared, width).
+        mask: what each row sees, bool, shape (rows, 1, 1, shared + own); None for everything.
+        scale: of the scores; None for 1/√width.
+        window: tokens that a row sees, its own included; None for all, the shared ones among them.
+
+    Returns:
+        Shape (rows, 1, heads, width).
+    """
+    rows, heads, _, width = query.shape
+    key_heads, (first_keys, first_values) = key.shape[1], shared
+    first = first_keys.shape[2]
+    grouped = query.reshape(rows, key_heads, heads // key_heads, width) * (width**-0.5 if scale is None else scale)
+
+    def meet(every_row: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """(rows, key heads, group, a) times (key heads, a, b), as one product for each key head."""
+        together = every_row.transpose(0, 1).flatten(1, 2) @ states
+        return together.unflatten(1, (rows, -1)).transpose(0, 1)
+
+    first_scores, own_scores = meet(grouped, first_keys[0].mT), grouped @ key.mT
+    if mask is not None:
+        own_scores.masked_fill_(~mask[..., first:], -math.inf)
+        if window is not None:
+            first_scores.masked_fill_(~mask[..., :first], -math.inf)
+    scores = torch.cat([first_scores, own_scores], dim=-1)
+    shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    result = meet(shares[..., :first], first_values[0]) + shares[..., first:] @ value
+    return result.reshape(rows, 1, heads, -1)
 
 
 def gather(tensor: torch.Tensor, first: torch.Tensor | None, span: Span) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 A step computes one new token for every running row. Prompts are read in groups, all but their last token, without the head;
 that token is the row's input of the next step, so that a new row's first token costs no pass of its own. What all prompts
-begin with, such as a system turn, is read once. A row sees its own columns alone, so no row disturbs another.
+begin with, such as a system turn or worked examples, is read, kept, and at every step attended to once for all rows. A row sees
+nothing else but its own columns, so no row disturbs another.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from torch import nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from config.model_families import PACKING_MODELS
-from utils.backends import GenerationSettings
+from utils.backends import GenerationSettings, torch_attention
+from utils.backends.torch_attention import KeysValues, RowSight, Sight
 from utils.backends.torch_cache import SlotCache
 from utils.backends.torch_head import find_head
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_sampling import choose_tokens, draw_seed, make_generator, make_processors
-from utils.batching import Ids
+from utils.flat_batches import Span
 from utils.machine import TOKEN_BUDGETS
 
 # Architectures for which tests/backends/test_torch_decoding.py shows that answers are those of transformers' generate.
@@ -77,7 +79,7 @@ def find_windows(network: nn.Module) -> dict[str, int | None] | None:
 
 def decode(
     model: TorchModel,
-    prompts: Mapping[int, Ids],
+    prompts: Mapping[int, list[int]],
     settings: GenerationSettings,
     batch_size: int,
     on_answer: Callable[[int], None],
@@ -90,27 +92,28 @@ def decode(
     if not prompts:
         return {}
     seed = draw_seed(settings.generation)
-    ids = {index: prompt.tolist() for index, prompt in prompts.items()}
-    waiting = deque(Row(index, list(ids[index]), make_generator(seed, index)) for index in prompts)
-    longest = max(map(len, ids.values()))
-    slots = min(len(ids), batch_size)
-    decoder = Decoder(model, settings, slots, longest)
+    waiting = deque(Row(index, list(ids), make_generator(seed, index)) for index, ids in prompts.items())
     answers: dict[int, list[int]] = {}
 
     def keep(row: Row) -> None:
         answers[row.index] = row.ids[row.prompt_length :]
         on_answer(row.new)
 
-    decoder.read_prefix(list(ids.values()))
-    decoder.answer(waiting, keep)
+    with torch_attention.use(model.base) as is_used:
+        decoder = Decoder(model, settings, batch_size, list(prompts.values()))
+        decoder.read_shared(apart=is_used)
+        decoder.answer(waiting, keep)
     return answers
 
 
-def count_common(prompts: Sequence[list[int]]) -> int:
-    """Tokens that all prompts begin with; in the order of a dictionary, the first and the last one differ first."""
-    first, last = min(prompts), max(prompts)
+def count_shared(prompts: Sequence[list[int]]) -> int:
+    """Tokens that are read once for all prompts: those that all begin with, but for the last token of any."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # in the order of a dictionary, these differ first
     differs = (one != other for one, other in zip(first, last, strict=False))
-    return next((index for index, found in enumerate(differs) if found), min(len(first), len(last)))
+    common = next((index for index, found in enumerate(differs) if found), min(len(first), len(last)))
+    return min(common, min(map(len, prompts)) - 1)
 
 
 class Decoder:
@@ -118,30 +121,38 @@ class Decoder:
 
     Args:
         slots: rows at once.
-        longest: tokens of the longest prompt.
+        prompts: all that are answered.
     """
 
-    def __init__(self, model: TorchModel, settings: GenerationSettings, slots: int, longest: int) -> None:
+    def __init__(
+        self, model: TorchModel, settings: GenerationSettings, slots: int, prompts: Sequence[list[int]]
+    ) -> None:
         self.network = model.base
         self.head = find_head(self.network)
-        self.device, self.settings, self.slots = model.accelerator.device, settings, slots
+        self.device, self.settings, self.slots = model.accelerator.device, settings, min(slots, len(prompts))
         self.read_tokens = TOKEN_BUDGETS[model.plan.device]
         self.windows = find_windows(self.network) or {}
         self.processors = make_processors(settings.generation)
         self.names_layers = hasattr(self.network.config.get_text_config(decoder=True), "layer_types")
         layers = self.network.config.get_text_config(decoder=True).num_hidden_layers
+        self.shared = prompts[0][: count_shared(prompts)]
+        longest = max(map(len, prompts)) - len(self.shared)
         most = longest + settings.generation.max_new_tokens
-        self.cache = SlotCache(layers, slots, longest + FIRST_ANSWERS, most)
-        self.prefix_length = 0
+        self.cache = SlotCache(layers, self.slots, longest + FIRST_ANSWERS, most)
+        self.seen: dict[nn.Module, KeysValues] = {}
         self.rows: list[Row] = []
 
-    def read_prefix(self, prompts: Sequence[list[int]]) -> None:
-        """Reads what all prompts begin with, once."""
-        length = count_common([prompt[:-1] for prompt in prompts])
-        if len(prompts) > 1 and length > 0:
-            self.read([prompts[0][:length]], 0, 0)
-            self.cache.keep_prefix()
-            self.prefix_length = length
+    def read_shared(self, *, apart: bool) -> None:
+        """Reads what all prompts begin with, once.
+
+        Args:
+            apart: whether the network's attention is `torch_attention.attend`. Where it keeps nothing, because the
+                architecture does not hand down what it is told, every row reads these columns as if they were its own.
+        """
+        if self.shared:
+            self.cache.read_shared(len(self.shared))
+            sight = Sight((Span(0, len(self.shared)),), kept=self.seen)
+            self.read([self.shared], 0, **({"sight": sight} if apart else {}))
 
     def answer(self, waiting: deque[Row], on_answer: Callable[[Row], None]) -> None:
         """Answers all rows of a queue, which other decoders may share."""
@@ -160,7 +171,7 @@ class Decoder:
             new.append(waiting.popleft())
         group: list[list[int]] = []
         for row in new:
-            unread = row.ids[self.prefix_length : -1]
+            unread = row.ids[len(self.shared) : -1]
             longest = max(len(unread), *map(len, group)) if group else len(unread)
             if group and longest * (len(group) + 1) > self.read_tokens:
                 self.read_group(group)
@@ -170,23 +181,25 @@ class Decoder:
         self.read_group(group)
 
     def read_group(self, group: Sequence[Sequence[int]]) -> None:
-        """Reads the prompts of the newest rows, behind the common prefix and without their last token."""
-        slot = len(self.rows) - len(group)
-        if self.prefix_length:
-            self.cache.place_prefix(slot, len(group))
+        """Reads the prompts of the newest rows, behind what all begin with and without their last token."""
         if any(group):
-            self.read(group, slot, self.prefix_length)
+            self.cache.read_prompts(len(self.rows) - len(group), len(self.shared) + max(map(len, group)))
+            self.read(group, len(self.shared))
 
-    def read(self, prompts: Sequence[Sequence[int]], slot: int, start: int) -> None:
-        """One forward pass without the head; what pads on the right is seen by no token that counts, and overwritten later."""
+    def read(self, prompts: Sequence[Sequence[int]], start: int, **others: Any) -> None:
+        """One forward pass without the head; what pads on the right is seen by no token that counts, and overwritten later.
+
+        Args:
+            start: column of the first tokens.
+            others: for the network.
+        """
         length = max(map(len, prompts))
         ids = np.full((len(prompts), length), self.settings.pad_id, dtype=np.int64)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = prompt
-        self.cache.read_prompts(slot, start, start + length)
         positions = torch.arange(start, start + length, device=self.device).expand(len(prompts), -1)
         inputs = {"input_ids": torch.from_numpy(ids).to(self.device), "position_ids": positions}
-        self.network.base_model(**inputs, past_key_values=self.cache, use_cache=True)
+        self.network.base_model(**inputs, past_key_values=self.cache, use_cache=True, **others)
 
     def step(self, on_answer: Callable[[Row], None]) -> None:
         """One new token for every row; those that end make room."""
@@ -194,7 +207,7 @@ class Decoder:
         columns = [len(row.ids) - 1 for row in rows]
         positions = torch.tensor(columns, device=self.device)
         width = max(columns) + 1
-        self.cache.read_tokens(positions, width)
+        self.cache.read_tokens(positions, width, apart=bool(self.seen))
         inputs = {
             "input_ids": torch.tensor([row.ids[-1:] for row in rows], device=self.device),
             "position_ids": positions[:, None],
@@ -202,6 +215,8 @@ class Decoder:
             "past_key_values": self.cache,
             "use_cache": True,
         }
+        if self.seen:
+            inputs["sight"] = RowSight(self.seen)
         if self.head is None:
             logits = self.network(**inputs).logits[:, -1]
         else:
