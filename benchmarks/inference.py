@@ -1,11 +1,12 @@
 """How fast many prompts are answered, beside transformers' `pipeline("text-generation")` at its best batch size.
 
-    python benchmarks/inference.py [--rows FILE] [--name NAME] [--count 200] [--rounds 1] [--keep FILE] [--write]
+    python benchmarks/inference.py [--rows FILE] [--name NAME] [--count 200] [--shots 5] [--rounds 1] [--keep FILE] [--write]
 
 The embedded model answers the same prompts greedily on both sides: same stop token, same dtype (float32), same longest answer.
 The pipeline gets the conversations as a user has them, at every batch size of `--sizes`; those below 64 answer the first
 `--few` prompts only, because the speed of full batches does not depend on their number. Ours is the back end's `generate`, as
-in evaluation, at every `evaluation.batch_size` of `--ours`. Each measurement is a process of its own, the two sides take
+in evaluation, at every `evaluation.batch_size` of `--ours`. With `--shots` every prompt comes behind the same worked examples,
+as in the usual few-shot evaluation. Each measurement is a process of its own, the two sides take
 turns, and the fastest round counts. `--keep` names a JSONL file of measurements: what stands in it is not measured again, and
 with `--only` a long comparison can be made piece by piece. `--write` writes docs/results/inference_NAME.md.
 """
@@ -190,8 +191,12 @@ def format_page(options: argparse.Namespace, found: Sequence[Measurement]) -> li
     shown = rows.relative_to(ROOT) if rows.is_relative_to(ROOT) else rows.name
     command = f"python benchmarks/inference.py --rows {shown} --name {options.name} --count {options.count} --few "
     command += (
-        f"{options.few} --sizes {sizes} --ours {' '.join(map(str, options.ours))} --rounds {options.rounds} --write"
+        f"{options.few} --shots {options.shots} --max-new-tokens {options.max_new_tokens} --sizes {sizes} "
+        f"--ours {' '.join(map(str, options.ours))} --rounds {options.rounds} --write"
     )
+    which = f"the first {options.count} prompts of the file"
+    if options.shots:
+        which = f"{options.count} prompts behind the file's first {options.shots} rows as worked examples"
     return [
         f"# Answers to many prompts: `{options.name}`",
         "",
@@ -199,8 +204,7 @@ def format_page(options: argparse.Namespace, found: Sequence[Measurement]) -> li
         "",
         *table,
         "",
-        f"The embedded SmolLM2-135M-Instruct in float32, the first {options.count} prompts of the file, greedy, at most "
-        f"{options.max_new_tokens} new tokens.",
+        f"The embedded SmolLM2-135M-Instruct in float32, {which}, greedy, at most {options.max_new_tokens} new tokens.",
         "Each line is one process; seconds are those of answering, without loading the model. The fastest of "
         f"{rounds} round(s) counts.",
         "New tokens are those of the answers' text: padding and what is computed behind a row's end never count.",
