@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,12 +14,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from config.structured_config import GenerationSection, Recipe
 from tests.backends.test_families import CONFIGS, OTHERS, SHAPE
-from utils.backends import GenerationSettings, torch_backend
-from utils.backends.torch_decoding import SLOT_MODELS, count_shared, uses_slots
+from utils.backends import GenerationSettings, torch_attention, torch_backend
+from utils.backends.torch_decoding import SLOT_MODELS, Decoder, Row, count_shared, uses_slots
 from utils.backends.torch_generation import cut_at_stop
 from utils.backends.torch_head import find_head
 from utils.backends.torch_model import TorchModel
@@ -106,6 +108,61 @@ def test_answers_that_outgrow_the_first_cache_stay_the_same() -> None:
     model, prompts = make_model(LlamaConfig(**SHAPE, max_position_embeddings=512)), make_prompts(3)[:4]
     settings = GenerationSettings(GenerationSection(max_new_tokens=160), (2,), 0)
     assert torch_backend.generate(model, prompts, settings, 3) == answer_alone(model, prompts, settings)
+
+
+@pytest.mark.parametrize(("name", "kept_apart"), [("llama", True), ("gemma2", False), ("stablelm", False)])
+def test_what_all_prompts_begin_with_is_in_no_slot(name: str, kept_apart: bool) -> None:
+    # Gemma 2 has no fused attention; StableLM hands nothing down to it. Their rows read the same columns as if they were their own.
+    model = make_model(copy.deepcopy({**CONFIGS, **OTHERS}[name]))
+    prompts = [prompt.tolist() for prompt in make_prompts(30)]
+    settings = GenerationSettings(GenerationSection(max_new_tokens=5), (), 0)
+    with torch.inference_mode(), torch_attention.use(model.network) as is_used:
+        decoder = Decoder(model, settings, 4, prompts)
+        decoder.read_shared(apart=is_used)
+        decoder.answer(deque(Row(index, list(prompt)) for index, prompt in enumerate(prompts)), lambda row: None)
+    assert bool(decoder.seen) == kept_apart
+    for layer in decoder.cache.layers:
+        assert layer.keys.shape[0] == layer.values.shape[0] == 4
+        assert layer.keys.shape[2] == layer.values.shape[2] == max(LENGTHS) + 5
+        assert layer.shared[0].shape[2] == layer.shared[1].shape[2] == 30
+
+
+def test_answering_leaves_the_network_the_attention_that_it_had() -> None:
+    model = make_model(copy.deepcopy(CONFIGS["llama"]))
+    network: Any = model.network
+    torch_backend.generate(model, make_prompts(7), make_settings(), 4)
+    assert network.config._attn_implementation == "sdpa"
+
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    network.base_model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError):
+        torch_backend.generate(model, make_prompts(7), make_settings(), 4)
+    assert network.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("window", [None, 4])
+def test_one_token_sees_what_its_row_shares_and_what_is_its_own(
+    dtype: torch.dtype, rounding: float, window: int | None
+) -> None:
+    torch.manual_seed(0)
+    rows, heads, key_heads, shared, own, width = 3, 6, 2, 5, 8, 16
+    query = torch.randn(rows, heads, 1, width)
+    first, second = torch.randn(2, 1, key_heads, shared, width), torch.randn(2, rows, key_heads, own, width)
+    last = torch.tensor([[5], [9], [12]])  # the second row's window begins in its own columns, the first one's before
+    columns = torch.arange(shared + own)
+    mask = columns <= last
+    if window is not None:
+        mask &= columns > last - window
+    keys, values = torch.cat([first.expand(-1, rows, -1, -1, -1), second], dim=3)
+    expected = functional.scaled_dot_product_attention(
+        query, keys, values, mask[:, None, None], scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
+    query, first, second = query.to(dtype), first.to(dtype), second.to(dtype)
+    got = torch_attention.attend_apart(query, *second, tuple(first), mask[:, None, None], 0.3, window)
+    torch.testing.assert_close(got.float(), expected, rtol=rounding, atol=rounding)
 
 
 def test_a_repetition_penalty_sees_the_row_alone_and_no_padding() -> None:
