@@ -283,3 +283,4 @@ def test_the_common_beginning_ends_where_any_prompt_differs_or_ends() -> None:
     assert count_shared([[1, 2, 3], [1, 2, 3]]) == 2
     assert count_shared([[1, 2, 3]]) == 0
     assert count_shared([[1], [2]]) == 0
+    assert count_shared([[], [2]]) == 0

@@ -113,7 +113,7 @@ def count_shared(prompts: Sequence[list[int]]) -> int:
     first, last = min(prompts), max(prompts)  # in the order of a dictionary, these differ first
     differs = (one != other for one, other in zip(first, last, strict=False))
     common = next((index for index, found in enumerate(differs) if found), min(len(first), len(last)))
-    return min(common, min(map(len, prompts)) - 1)
+    return max(0, min(common, min(map(len, prompts)) - 1))
 
 
 class Decoder:
