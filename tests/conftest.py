@@ -114,6 +114,15 @@ class ScriptServer:
         return self.start(name, *arguments, **options).wait()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def latest_run_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test makes a run of its own the one that scripts here take when none is named."""
+    yield
+    pointer = ROOT / "outputs" / "latest"
+    if pointer.is_file():
+        assert not pointer.read_text(encoding="utf-8").startswith(str(tmp_path_factory.getbasetemp()))
+
+
 @pytest.fixture(scope="session")
 def script_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptServer]:
     """One for all tests of this worker."""
