@@ -260,7 +260,7 @@ def find_run(asked: Path | None) -> RunFolder:
         raise RunError(message, where=str(path), fix=fix, code="disk") from error
     if not is_run and asked is None:
         fix = f"name another with --run (`ls {OUTPUTS}`), or train again"
-        raise RunError("the latest run is not there any more", where=str(path), fix=fix, code="no-run")
+        raise RunError("the latest run is not there", where=str(path), fix=fix, code="no-run")
     if not is_run:
         fix = "name a folder that train.py made, or leave --run out for the latest one"
         raise RunError("this is not a run folder", where=str(path), fix=fix, code="no-run")

@@ -155,7 +155,7 @@ def test_a_latest_run_that_was_deleted_is_an_error_with_its_place(folder: Path) 
     run = make_run(folder, "a")
     mark_latest(run)
     run.run_file.unlink()
-    with pytest.raises(RunError, match="latest run is not there any more") as caught:
+    with pytest.raises(RunError, match="latest run is not there") as caught:
         find_run(None)
     problem = caught.value.problems[0]
     assert (problem.where, problem.code) == (str(run.path.resolve()), "no-run")
