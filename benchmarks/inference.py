@@ -6,9 +6,9 @@ The embedded model answers the same prompts greedily on both sides: same stop to
 The pipeline gets the conversations as a user has them, at every batch size of `--sizes`; those below 64 answer the first
 `--few` prompts only, because the speed of full batches does not depend on their number. Ours is the back end's `generate`, as
 in evaluation, at every `evaluation.batch_size` of `--ours`. With `--shots` every prompt comes behind the same worked examples,
-as in the usual few-shot evaluation. Each measurement is a process of its own, the two sides take
-turns, and the fastest round counts. `--keep` names a JSONL file of measurements: what stands in it is not measured again, and
-with `--only` a long comparison can be made piece by piece. `--write` writes docs/results/inference_NAME.md.
+as in the usual few-shot evaluation. Each measurement is a process of its own, the two sides take turns, and the fastest round
+counts. `--keep` names a JSONL file of measurements: what stands in it is not measured again, and with `--only` a long
+comparison can be made piece by piece. `--write` writes docs/results/inference_NAME.md.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def read_chats(path: Path, count: int, shots: int = 0) -> list[list[dict[str, st
 def read_turns(row: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
     """Question and answer of `messages`, `prompt` or `question` rows; a `text` row's answer stands behind `A:`."""
     if "messages" in row:
-        return row["messages"][0], row["messages"][1]
+        return row["messages"][0], row["messages"][-1]
     text, _, rest = row.get("text", "").rpartition("\nA:")
     question = row.get("prompt") or row.get("question") or text
     answer = row.get("completion") or row.get("answer") or rest.strip()

@@ -161,7 +161,9 @@ def test_one_token_sees_what_its_row_shares_and_what_is_its_own(
         query, keys, values, mask[:, None, None], scale=0.3, enable_gqa=True
     ).transpose(1, 2)
     query, first, second = query.to(dtype), first.to(dtype), second.to(dtype)
-    got = torch_attention.attend_apart(query, *second, tuple(first), mask[:, None, None], 0.3, window)
+    got = torch_attention.attend_apart(
+        query, *second, tuple(first), mask[:, None, None], 0.3, is_hidden=window is not None
+    )
     torch.testing.assert_close(got.float(), expected, rtol=rounding, atol=rounding)
 
 

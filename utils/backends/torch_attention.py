@@ -71,9 +71,11 @@ class RowSight:
 
     Attributes:
         first: keys and values by attention module, each of shape (1, key heads, tokens, width).
+        is_hidden: whether a sliding window may hide some of them, as the mask then says.
     """
 
     first: Mapping[nn.Module, KeysValues]
+    is_hidden: bool
 
 
 def attend(
@@ -100,7 +102,8 @@ def attend(
         return padded
     scale, window = others.get("scaling"), others.get("sliding_window")
     if isinstance(sight, RowSight):
-        return attend_apart(query, key, value, sight.first[module], attention_mask, scale, window), None
+        first = sight.first[module]
+        return attend_apart(query, key, value, first, attention_mask, scale, is_hidden=sight.is_hidden), None
     if sight.kept is not None:
         sight.kept.setdefault(module, (key, value))  # checkpointing comes here twice
     first_keys, first_values = (None, None) if sight.first is None else sight.first[module]
@@ -129,7 +132,8 @@ def attend_apart(
     shared: KeysValues,
     mask: torch.Tensor | None,
     scale: float | None,
-    window: int | None,
+    *,
+    is_hidden: bool,
 ) -> torch.Tensor:
     """One token of each row sees keys that all rows share, which are read once for all, and then its own.
 
@@ -142,7 +146,7 @@ def attend_apart(
         shared: keys and values, shape (1, key heads, shared, width).
         mask: what each row sees, bool, shape (rows, 1, 1, shared + own); None for everything.
         scale: of the scores; None for 1/√width.
-        window: tokens that a row sees, its own included; None for all, the shared ones among them.
+        is_hidden: whether the mask hides some of the shared ones; if not, that part of it is not looked at.
 
     Returns:
         Shape (rows, 1, heads, width).
@@ -160,7 +164,7 @@ def attend_apart(
     first_scores, own_scores = meet(grouped, first_keys[0].mT), grouped @ key.mT
     if mask is not None:
         own_scores.masked_fill_(~mask[..., first:], -math.inf)
-        if window is not None:
+        if is_hidden:
             first_scores.masked_fill_(~mask[..., :first], -math.inf)
     scores = torch.cat([first_scores, own_scores], dim=-1)
     shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)

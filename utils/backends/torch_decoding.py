@@ -19,6 +19,7 @@ from torch import nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from config.model_families import PACKING_MODELS
+from utils.answer_rows import limit_rows
 from utils.backends import GenerationSettings, torch_attention
 from utils.backends.torch_attention import KeysValues, RowSight, Sight
 from utils.backends.torch_cache import SlotCache
@@ -116,11 +117,25 @@ def count_shared(prompts: Sequence[list[int]]) -> int:
     return max(0, min(common, min(map(len, prompts)) - 1))
 
 
+def limit_batch(model: TorchModel, settings: GenerationSettings, batch_size: int, longest: int) -> int:
+    """Prompts at once, by the memory that is free (`limit_rows`).
+
+    Args:
+        longest: tokens of the longest prompt, without those that all begin with where they are kept once.
+    """
+    network: Any = model.network
+    config, tokens = (
+        network.config.get_text_config(decoder=True).to_dict(),
+        longest + settings.generation.max_new_tokens,
+    )
+    return limit_rows(config, batch_size, tokens, model.plan.dtype.itemsize, model.plan.device)
+
+
 class Decoder:
     """Answers rows from a queue with a cache of its own.
 
     Args:
-        slots: rows at once.
+        slots: rows at once, or fewer (`limit_batch`).
         prompts: all that are answered.
     """
 
@@ -129,7 +144,7 @@ class Decoder:
     ) -> None:
         self.network = model.base
         self.head = find_head(self.network)
-        self.device, self.settings, self.slots = model.accelerator.device, settings, min(slots, len(prompts))
+        self.device, self.settings = model.accelerator.device, settings
         self.read_tokens = TOKEN_BUDGETS[model.plan.device]
         self.windows = find_windows(self.network) or {}
         self.processors = make_processors(settings.generation)
@@ -137,6 +152,7 @@ class Decoder:
         layers = self.network.config.get_text_config(decoder=True).num_hidden_layers
         self.shared = prompts[0][: count_shared(prompts)]
         longest = max(map(len, prompts)) - len(self.shared)
+        self.slots = min(limit_batch(model, settings, slots, longest), len(prompts))
         most = longest + settings.generation.max_new_tokens
         self.cache = SlotCache(layers, self.slots, longest + FIRST_ANSWERS, most)
         self.seen: dict[nn.Module, KeysValues] = {}
@@ -155,7 +171,7 @@ class Decoder:
             self.read([self.shared], 0, **({"sight": sight} if apart else {}))
 
     def answer(self, waiting: deque[Row], on_answer: Callable[[Row], None]) -> None:
-        """Answers all rows of a queue, which other decoders may share."""
+        """Answers all rows of a queue."""
         while True:
             free = self.slots - len(self.rows)
             if waiting and (not self.rows or free * ADMITTED_SHARE >= self.slots):
@@ -216,7 +232,7 @@ class Decoder:
             "use_cache": True,
         }
         if self.seen:
-            inputs["sight"] = RowSight(self.seen)
+            inputs["sight"] = RowSight(self.seen, is_hidden=any(self.windows.values()))
         if self.head is None:
             logits = self.network(**inputs).logits[:, -1]
         else:

@@ -13,9 +13,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from utils.answer_rows import limit_rows
 from utils.backends import GenerationSettings, ignore
-from utils.backends.torch_decoding import count_shared, decode, uses_slots
+from utils.backends.torch_decoding import decode, limit_batch, uses_slots
 from utils.backends.torch_model import TorchModel
 from utils.backends.torch_quantization import refuse_repacked
 from utils.batching import Batch, Ids, pad_prompts_left
@@ -58,19 +57,16 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     long = [index for index in order if goes_beyond_context(model, len(prompts[index]), settings)]
     fitting = order[len(long) :]
-    slots = uses_slots(model.network)
-    ids = {index: prompts[index].tolist() for index in fitting}
-    if fitting:
-        own = len(ids[fitting[0]]) - (count_shared(list(ids.values())) if slots else 0)
-        batch_size = limit_batch(model, settings, batch_size, own)
     with torch.inference_mode():
         answers = {}
         for index in long:
             answers[index] = list(slide_over(model, prompts[index].tolist(), settings, answer_once))
             on_answer(len(answers[index]))
-        if slots:
+        if uses_slots(model.network):
+            ids = {index: prompts[index].tolist() for index in fitting}
             answers |= decode(model, ids, settings, batch_size, on_answer)
-        else:
+        elif fitting:
+            batch_size = limit_batch(model, settings, batch_size, len(prompts[fitting[0]]))
             for start in range(0, len(fitting), batch_size):
                 group = fitting[start : start + batch_size]
                 batch = pad_prompts_left([prompts[index] for index in group], settings.pad_id)
@@ -79,20 +75,6 @@ def generate(
                     on_answer(len(answer))
     refuse_repacked(model.network)
     return [answers[index] for index in range(len(prompts))]
-
-
-def limit_batch(model: TorchModel, settings: GenerationSettings, batch_size: int, longest: int) -> int:
-    """Prompts at once, by the memory that is free (`limit_rows`).
-
-    Args:
-        longest: tokens of the longest prompt, without those that all begin with where they are kept once.
-    """
-    network: Any = model.network
-    config, tokens = (
-        network.config.get_text_config(decoder=True).to_dict(),
-        longest + settings.generation.max_new_tokens,
-    )
-    return limit_rows(config, batch_size, tokens, model.plan.dtype.itemsize, model.plan.device)
 
 
 def answer_batch(model: TorchModel, batch: Batch, settings: GenerationSettings) -> list[list[int]]:
